@@ -1,0 +1,105 @@
+"""The sweep: one rule is one notebook run plus the files it declares.
+
+    snakemake --configfile config/demo.yaml --cores 2
+
+A run whose record exists is not done again, unless its parameters, the code cells of its notebook or the package's
+numeric code changed; prose and layout may change freely.
+"""
+
+from pathlib import Path
+
+import papermill
+import yaml
+
+from datainf.provenance import code_hash
+
+SCALE = config["scale"]
+RESULTS = f"results/{SCALE}"
+EXPERIMENTS = {
+    "approximation_error": "notebooks/10_approximation_error.ipynb",
+    "mislabeled_detection": "notebooks/20_mislabeled_detection.ipynb",
+}
+FIGURES = "notebooks/90_figures_and_tables.ipynb"
+GRID = config["grid"]
+PARAMETERS = dict(config["parameters"])
+if config.get("model"):  # a folder in place of the hub's base
+    PARAMETERS["model"] = config["model"]
+
+
+def run_parameters(wildcards):
+    """The parameters of one run; a dataset is looked for in the folder config["data"], where one is given."""
+    data = config.get("data")
+    dataset = str(Path(data) / wildcards.dataset) if data else wildcards.dataset
+    return PARAMETERS | {"dataset": dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
+
+
+# papermill lets unknown parameters through with a warning: compare the names before anything runs.
+for notebook in EXPERIMENTS.values():
+    if unknown := (PARAMETERS.keys() | GRID.keys()) - papermill.inspect_notebook(notebook).keys():
+        raise WorkflowError(f"{notebook} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets.")
+
+RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
+FINAL = RESULTS + "/tables/ours_beside_paper.md"
+PAPERMILL = """
+    mkdir -p $(dirname {log}) && OMP_NUM_THREADS={threads} papermill {params.notebook} {log} \
+        -y '{params.yaml}' --cwd . --no-progress-bar --log-level WARNING
+"""
+
+
+def one_line(parameters):
+    """Parameters as a line of YAML for papermill's -y."""
+    return yaml.safe_dump(parameters, default_flow_style=True, width=10**6).strip()
+
+
+def records(experiment):
+    """The records of all runs of an experiment."""
+    return expand(RECORD, experiment=experiment, **GRID)
+
+
+def earlier(wildcards):
+    """Detection runs after the approximation error of the same run: it finds that run's gradients in the cache."""
+    if wildcards.experiment == "mislabeled_detection":
+        return RECORD.replace("{experiment}", "approximation_error")
+    return []
+
+
+localrules:
+    all,
+    figures,
+
+
+rule all:
+    input:
+        FINAL,
+
+
+rule run:
+    input:
+        ancient(lambda wildcards: EXPERIMENTS[wildcards.experiment]),
+        ancient(earlier),
+    output:
+        RECORD,
+    log:
+        notebook=RESULTS + "/logs/{experiment}-{dataset}-r{rank}-s{seed}.ipynb",
+    params:
+        notebook=lambda wildcards: EXPERIMENTS[wildcards.experiment],
+        code=lambda wildcards: code_hash(EXPERIMENTS[wildcards.experiment]),
+        yaml=lambda wildcards, output: one_line(run_parameters(wildcards) | {"output": output[0]}),
+    shell:
+        PAPERMILL
+
+
+rule figures:
+    input:
+        records(EXPERIMENTS),
+        ancient(FIGURES),
+    output:
+        FINAL,
+    log:
+        notebook=RESULTS + "/logs/figures_and_tables.ipynb",
+    params:
+        notebook=FIGURES,
+        code=code_hash(FIGURES, DRAWING),
+        yaml=one_line({"scale": SCALE}),
+    shell:
+        PAPERMILL

@@ -1,0 +1,1 @@
+"""The study's datasets: each loader returns data by seed, from the hub, from a folder, or built in."""

@@ -1,0 +1,308 @@
+"""Per-sample gradients of a model's trainable Linear layers.
+
+For a Linear layer y = x W^T the gradient of one example's loss with respect to W is the sum over its tokens of the
+outer products (dloss/dy_t) x_t^T. One batched forward and one batched backward pass therefore hold everything
+that is needed for every example of the batch: hooks keep x, receive dloss/dy, and contract the two over tokens.
+
+A *layer* is one weight matrix, named as in ``model.named_parameters()``: lora_A and lora_B of an adapted module are
+two, the weight of a trained head is one more. **Biases are left out**, as in the paper's experiments: they are not
+part of any layer here, though they may well have been trained.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import joblib
+import torch
+from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from tqdm.auto import tqdm
+
+from datainf.store import SHARD_BYTES, GradientStore, Shards
+
+LossFn = Callable[[nn.Module, Mapping], Tensor]
+"""``loss_fn(model, batch) -> Tensor (batch,)``: one loss per example, each depending on its own example alone."""
+
+Layers = str | Collection[str] | None
+"""Which layers: all trainable Linear weights (None), those whose name a regular expression finds, or these names."""
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    dataset: Sequence,
+    loss_fn: LossFn,
+    *,
+    collate_fn: Callable[[list], Mapping] | None = None,
+    batch_size: int = 32,
+    layers: Layers = None,
+    dtype: torch.dtype = torch.float32,
+    store: str | Path | None = None,
+) -> GradientStore:
+    """The gradient of every example's loss with respect to every trainable Linear weight.
+
+    Dropout is off. The base stays frozen and the backward pass stops at the lowest layer asked for. Examples of
+    like length share a batch; the results are in the order of the dataset. A batch that does not fit in memory is
+    halved. The model is left exactly as it was found.
+
+    Args:
+        model: any torch module; of a PEFT model the adapter's matrices and the saved head.
+        dataset: anything with ``len`` and integer indexing.
+        loss_fn: ``loss_fn(model, batch) -> Tensor (batch,)``.
+        collate_fn: makes a batch of a list of examples; torch's default_collate where none is given.
+        batch_size: examples in one forward and backward pass.
+        layers: a regular expression searched for in the names, or the names themselves; by default all.
+        dtype: in which the gradients are kept. They are computed in float32 at least.
+        store: a folder to keep the gradients in. Extraction that was killed goes on where it stopped.
+
+    Returns:
+        GradientStore: layer name -> Tensor (n, d_l), d_l = the layer's weight.numel(), flattened row by row.
+
+    Raises:
+        ValueError: no examples, no such layers, an unsupported adapter (DoRA), a loss that is not one finite number
+            per example, a layer that mixes examples, or a `store` that holds gradients of something else.
+    """
+    n = len(dataset)
+    if n == 0:
+        raise ValueError("The dataset has no examples.")
+    modules = trainable_linears(model, layers)
+    widths = {name: module.weight.numel() for name, module in modules.items()}
+    collate_fn = collate_fn or default_collate
+
+    if store is None:
+        shards, ranges = None, [(0, n)]
+        gradients = {name: torch.empty(n, d, dtype=dtype) for name, d in widths.items()}
+    else:
+        identity = _identity(model, dataset, loss_fn)
+        shards = Shards.create(store, n, widths, dtype, shard_bytes=SHARD_BYTES, identity=identity)
+        ranges = [shards.bounds(index) for index in shards.missing()]
+
+    with (
+        _recording(model, modules) as differentiate,
+        tqdm(total=n, desc="per-sample gradients", unit="example", leave=False, delay=2) as progress,
+    ):
+        progress.update(n - sum(stop - start for start, stop in ranges))
+        for start, stop in ranges:
+            if shards is not None:
+                gradients = {name: torch.empty(stop - start, d, dtype=dtype) for name, d in widths.items()}
+            for indices in _batches(dataset, start, stop, batch_size):
+                for part, batch_gradients in _halving(indices, dataset, loss_fn, collate_fn, differentiate):
+                    rows = torch.tensor(part) - start
+                    for name, values in batch_gradients.items():
+                        gradients[name][rows] = values.to("cpu", dtype)
+                    progress.update(len(part))
+            if shards is not None:
+                shards.write(start // shards.shard_rows, gradients)
+    return GradientStore(gradients) if shards is None else GradientStore.load(store)
+
+
+def reference_gradients(
+    model: nn.Module,
+    dataset: Sequence,
+    loss_fn: LossFn,
+    *,
+    collate_fn: Callable[[list], Mapping] | None = None,
+    layers: Layers = None,
+) -> GradientStore:
+    """The oracle: one example, one plain ``backward()``, read ``.grad``. As `per_sample_gradients`, but slow."""
+    modules = trainable_linears(model, layers)
+    collate_fn = collate_fn or default_collate
+    device = next(model.parameters()).device
+    kept = {parameter: parameter.grad for parameter in model.parameters()}
+    gradients = {name: [] for name in modules}
+    with _evaluating(model), torch.enable_grad():
+        for index in range(len(dataset)):
+            for parameter in model.parameters():
+                parameter.grad = None
+            loss_fn(model, send_to_device(collate_fn([dataset[index]]), device)).sum().backward()
+            for name, module in modules.items():
+                gradient = module.weight.grad
+                gradients[name].append(
+                    (torch.zeros_like(module.weight) if gradient is None else gradient).flatten().cpu()
+                )
+    for parameter, gradient in kept.items():
+        parameter.grad = gradient
+    return GradientStore({name: torch.stack(rows) for name, rows in gradients.items()})
+
+
+def trainable_linears(model: nn.Module, layers: Layers = None) -> dict[str, nn.Linear]:
+    """Layer name -> the Linear module whose weight it is, for every trainable Linear weight that `layers` admits.
+
+    Raises:
+        ValueError: there are none, a name in `layers` is not among them, or the adapter's weights act other than
+            through their Linear modules (DoRA).
+    """
+    modules = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+    }
+    if not modules:
+        raise ValueError(
+            "The model has no trainable Linear weight: attach an adapter, and load a saved one with is_trainable=True."
+        )
+    if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules() if _is_tuner(module)):
+        raise ValueError("DoRA adapters are not supported: their weights act other than through their Linear modules.")
+    if layers is None:
+        return modules
+    if isinstance(layers, str):
+        chosen = {name: module for name, module in modules.items() if re.search(layers, name)}
+    else:
+        if unknown := [name for name in layers if name not in modules]:
+            raise ValueError(f"No trainable Linear weight is called {unknown[0]!r}; there is {next(iter(modules))!r}.")
+        chosen = {name: modules[name] for name in layers}
+    if not chosen:
+        raise ValueError(
+            f"layers={layers!r} matches none of the {len(modules)} layers, such as {next(iter(modules))!r}."
+        )
+    return chosen
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "use_dora", None), Mapping)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and back on where it was on."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _recording(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[Callable]:
+    """Yield ``differentiate(loss_fn, batch, size) -> {layer: (size, d_l)}``; the model is restored on leaving.
+
+    Every parameter is frozen, so that autograd computes no weight gradient at all. The graph begins where the first
+    recorded layer's output is made to require a gradient; nothing below it is differentiated.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = next(model.parameters()).device
+    current: dict[str, Tensor] = {}
+    size = 0
+
+    def record(name: str, inputs: Tensor, output_gradient: Tensor) -> None:
+        if len(inputs) != size:
+            raise ValueError(
+                f"Layer {name!r} sees {len(inputs)} rows for a batch of {size} examples: "
+                "it mixes examples, so its per-sample gradient cannot be told apart."
+            )
+        values = contract(inputs, output_gradient)
+        # A module used twice in one forward pass contributes the sum of its uses.
+        current[name] = current[name] + values if name in current else values
+
+    def forward_hook(name: str):
+        def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+            inputs = args[0].detach()
+            if not output.requires_grad:
+                output.requires_grad_()
+            output.register_hook(lambda gradient: record(name, inputs, gradient))
+
+        return hook
+
+    def differentiate(loss_fn: LossFn, batch: Mapping, examples: Sequence[int]) -> dict[str, Tensor]:
+        nonlocal size
+        size = len(examples)
+        current.clear()
+        losses = loss_fn(model, send_to_device(batch, device))
+        check_losses(losses, examples)
+        losses.sum().backward()
+        return {
+            name: current[name] if name in current else module.weight.new_zeros(size, module.weight.numel())
+            for name, module in modules.items()
+        }
+
+    handles = [module.register_forward_hook(forward_hook(name)) for name, module in modules.items()]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with _evaluating(model), torch.enable_grad():
+            yield differentiate
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def contract(inputs: Tensor, output_gradient: Tensor) -> Tensor:
+    """Sum over tokens of (dloss/dy_t) x_t^T, for each example: (b, ..., in), (b, ..., out) -> (b, out * in)."""
+    at_least_float32 = torch.promote_types(inputs.dtype, torch.float32)
+    x = inputs.reshape(len(inputs), -1, inputs.shape[-1]).to(at_least_float32)
+    dy = output_gradient.reshape(len(inputs), -1, output_gradient.shape[-1]).to(at_least_float32)
+    return torch.einsum("bto,bti->boi", dy, x).flatten(1)
+
+
+def check_losses(losses: Tensor, examples: Sequence[int]) -> None:
+    """Refuse a loss that is not one finite number per example."""
+    if losses.shape != (len(examples),):
+        raise ValueError(
+            f"loss_fn must return one loss per example, shape ({len(examples)},), not {tuple(losses.shape)}: "
+            "compute it with reduction='none'."
+        )
+    if not losses.requires_grad:
+        raise ValueError("The loss does not depend on any of the layers, or loss_fn computes it without gradients.")
+    bad = (~torch.isfinite(losses)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(f"The loss of example {examples[bad[0].item()]} is not finite.")
+
+
+def _batches(dataset: Sequence, start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
+    """Batches of the examples start..stop-1: like lengths together, the longest first, where memory is shortest."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    indices = sorted(range(start, stop), key=lambda index: -_length(dataset[index]))
+    for first in range(0, len(indices), batch_size):
+        yield indices[first : first + batch_size]
+
+
+def _length(example) -> int:
+    """Tokens in an example; 0 for one that is not tokenized text, which leaves the order of the dataset."""
+    return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
+
+
+def _halving(indices: list[int], dataset, loss_fn, collate_fn, differentiate) -> Iterator[tuple[list[int], dict]]:
+    """Yield (indices, their gradients) for the batch, in halves where the whole does not fit in memory."""
+    try:
+        result = differentiate(loss_fn, collate_fn([dataset[index] for index in indices]), indices)
+    except Exception as error:
+        if len(indices) == 1 or not should_reduce_batch_size(error):
+            raise
+        result = None
+    if result is not None:
+        yield indices, result
+        return
+    # Outside the except clause, where the failed pass's tensors are no longer held by its traceback.
+    clear_device_cache(garbage_collection=True)
+    middle = len(indices) // 2
+    for half in (indices[:middle], indices[middle:]):
+        yield from _halving(half, dataset, loss_fn, collate_fn, differentiate)
+
+
+def _identity(model: nn.Module, dataset: Sequence, loss_fn: LossFn) -> dict[str, str]:
+    """Short fingerprints of what the gradients are of: trainable weights, base, examples in their order, loss."""
+    weights, base, examples = (hashlib.sha256() for _ in range(3))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weights.update(name.encode())
+            weights.update(joblib.hash(parameter.detach().cpu().float().numpy()).encode())
+        else:
+            # The frozen base may be huge: its names, shapes and one sum per matrix tell two bases apart.
+            base.update(f"{name} {tuple(parameter.shape)} {parameter.detach().float().sum().item():.6e}".encode())
+    for index in range(len(dataset)):
+        examples.update(joblib.hash(dataset[index]).encode())
+    return {
+        "weights": weights.hexdigest()[:16],
+        "base": base.hexdigest()[:16],
+        "examples": examples.hexdigest()[:16],
+        "loss": getattr(loss_fn, "__qualname__", repr(loss_fn)),
+    }

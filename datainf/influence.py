@@ -1,0 +1,336 @@
+r"""Influence scores of training examples, in closed form and by iteration.
+
+For one layer (one weight matrix, d parameters) let G (n, d) hold the per-sample gradients of the n training
+examples, V (m, d) those of the m queries, and let
+
+    H = G^T G / n + lam I
+
+be the damped second moment of the gradients, which stands in for the Hessian of a negative log-likelihood
+(Bartlett's second identity). A *method* maps ``(G, V, lam)`` to R (m, d), its approximation of V H^-1: the
+inverse-Hessian-vector products (ihvp) of the queries. The influence of training example k on query j is then
+
+    score[j, k] = - sum over layers of  R[j] . G[k]                                (paper Eq. 2)
+
+**Sign, everywhere: score > 0 means that up-weighting this training example raises the query's loss (harmful),
+score < 0 means that it lowers it (helpful).**
+
+This module knows tensors and nothing else. G may also be a `datainf.rows.Rows`, a matrix read in blocks of rows.
+"""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from datainf.rows import BLOCK_BYTES, Rows, square_norms
+
+Matrix = Float[Tensor, "n d"] | Rows
+Method = Callable[..., Tensor]
+
+
+# --- The methods: one function each, one layer at a time, (G, V, lam) -> R -----------------------------------------
+
+
+def hessian_free(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
+    """Take H for the identity: the score is the plain inner product of two gradients."""
+    return V
+
+
+def datainf(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
+    """Average the inverses instead of inverting the average (paper Eq. 5); exact when n = 1.
+
+    By the Sherman-Morrison formula (g g^T + lam I)^-1 v = (v - g (g.v) / (lam + ||g||^2)) / lam; averaged over the
+    n gradients that is two matrix products. (The second line of the paper's Eq. 5 has the opposite overall sign;
+    its first line and its Algorithm 1 agree with this.)
+    """
+    c = (V @ G.T) / (lam + square_norms(G))
+    return (V - c @ G / len(G)) / lam
+
+
+def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
+    """V H^-1 to rounding error, from the smaller of two symmetric systems and its Cholesky factor.
+
+    Primal (d <= n): solve the d x d system (G^T G / n + lam I) r = v.
+    Dual (d > n):    with K = G G^T, r = (v - G^T (n lam I + K)^-1 G v) / lam (Woodbury), an n x n system.
+
+    In float64 throughout, whatever the type of G and V: the default damping lets the condition number of H reach
+    10 d + 1, which multiplies the rounding error of the Gram matrix as much as that of its factor.
+
+    Raises:
+        ValueError: if H is not positive definite in float64, which means that lam is too small for this layer.
+    """
+    (n, d), G64, V64 = G.shape, G.double(), V.double()
+    if d <= n:
+        R = torch.cholesky_solve(V64.T, _cholesky(G64.T @ G64 / n, lam)).T
+    else:
+        R = (V64 - torch.cholesky_solve(G64 @ V64.T, _cholesky(G64 @ G64.T, n * lam)).T @ G64) / lam
+    return R.to(V.dtype)
+
+
+def lissa(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
+    """r_0 = v, r_i = v + (I - H) r_(i-1): LiSSA as the paper writes it, with all n gradients at every step.
+
+    Converges to the exact ihvp only while the largest eigenvalue of H is below 2, and diverges above.
+    """
+    R = V
+    for _ in range(iterations):
+        R = V + R - (_second_moment(G, R) + lam * R)
+    return R
+
+
+def lissa_scaled(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
+    """LiSSA on step * H, with step = 1 / (largest eigenvalue + lam): converges for every G.
+
+    r_0 = step v, r_i = r_(i-1) + step (v - H r_(i-1)). The largest eigenvalue is estimated by power iteration.
+    """
+    step = 1 / (largest_eigenvalue(G) + lam)
+    R = step * V
+    for _ in range(iterations):
+        R = R + step * (V - _second_moment(G, R) - lam * R)
+    return R
+
+
+def lissa_as_published(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
+    """The recursion of the authors' published code, which subtracts lam where the paper adds it.
+
+    r_i = v + r_(i-1) - (G^T G / n - lam I) r_(i-1). Kept so that the published numbers can be understood.
+    """
+    return lissa(G, V, -lam, iterations)
+
+
+METHODS: dict[str, Method] = {
+    method.__name__: method for method in (hessian_free, datainf, lissa, lissa_scaled, lissa_as_published, exact)
+}
+
+
+def _second_moment(G: Matrix, R: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    """(G^T G / n) r for every row r of R, without ever forming the d x d matrix."""
+    return (R @ G.T) @ G / len(G)
+
+
+def _cholesky(A: Float[Tensor, "k k"], shift: float) -> Float[Tensor, "k k"]:
+    """The lower Cholesky factor of A + shift I; overwrites A, which may be the largest tensor about."""
+    A.diagonal().add_(shift)
+    factor, failed = torch.linalg.cholesky_ex(A)
+    if failed.item():
+        raise ValueError(
+            f"The damped Hessian of size {len(A)} is not positive definite in float64: raise `damping` "
+            f"(this layer's lam gives a shift of {shift:.1e})."
+        )
+    return factor
+
+
+def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
+    """The largest eigenvalue of G^T G / n, by power iteration from a fixed random vector (never above the truth)."""
+    start = torch.randn(1, G.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = start.to(G.device, G.dtype)
+    for _ in range(iterations):
+        u = _second_moment(G, u / u.norm())
+    return u.norm().item()
+
+
+# --- The scores -----------------------------------------------------------------------------------------------------
+
+
+def layer_damping(G: Matrix, damping: float = 0.1) -> float:
+    """lam_l = damping * (n d_l)^-1 * sum_i ||g_i||^2 (paper section 4): `damping` times H's mean eigenvalue."""
+    n, d = G.shape
+    return damping * square_norms(G).double().sum().item() / (n * d)
+
+
+def influence(
+    train: Mapping[str, Tensor],
+    query: Mapping[str, Tensor],
+    method: str | Method = "datainf",
+    damping: float = 0.1,
+    *,
+    device: torch.device | str | None = None,
+    block_bytes: int = BLOCK_BYTES,
+    **options,
+) -> Float[Tensor, "m n"]:
+    """Influence of each of n training examples on each of m queries, summed over layers (paper Eq. 2).
+
+    Args:
+        train: layer name -> per-sample training gradients G of shape (n, d_l): a `GradientStore` or any mapping.
+        query: the same layers -> query gradients V of shape (m, d_l); ``query.mean()`` gives one query, the mean.
+        method: a name in `METHODS` ("lissa_scaled(100)" sets its iterations), or a function ``(G, V, lam) -> R`` of
+            shape (m, d_l). The methods of this module read G in blocks; a function of yours is given the whole layer
+            as one Tensor.
+        damping: the factor in `layer_damping`.
+        device: where to compute; by default where the training gradients are.
+        block_bytes: the most bytes of G held on ``device`` at a time.
+        **options: passed on to the method, such as ``iterations=100`` for the LiSSA family.
+
+    Returns:
+        Tensor (m, n). Positive: up-weighting the example raises the query's loss (harmful). Negative: helpful.
+
+    Raises:
+        ValueError: unknown method, layers or widths that differ between train and query, no examples, gradients
+            that are not finite (names the example and the layer), a layer whose training gradients are all zero.
+    """
+    return -sum(R @ G.T for _, G, R in _layers(train, query, method, damping, device, block_bytes, options))
+
+
+def ihvp(
+    train: Mapping[str, Tensor],
+    query: Mapping[str, Tensor],
+    method: str | Method = "datainf",
+    damping: float = 0.1,
+    *,
+    device: torch.device | str | None = None,
+    block_bytes: int = BLOCK_BYTES,
+    **options,
+) -> dict[str, Float[Tensor, "m d"]]:
+    """The first half of `influence`: layer name -> R (m, d_l), the inverse-Hessian-vector products of the queries.
+
+    For those who time the two halves apart, or who keep R to score training examples that come later with
+    `scores`. Arguments and errors as in `influence`.
+    """
+    return {name: R for name, _, R in _layers(train, query, method, damping, device, block_bytes, options)}
+
+
+def scores(
+    train: Mapping[str, Tensor], ihvp: Mapping[str, Float[Tensor, "m d"]], *, block_bytes: int = BLOCK_BYTES
+) -> Float[Tensor, "m n"]:
+    """The second half of `influence`: score[j, k] = - sum over layers of R[j] . G[k], shape (m, n)."""
+    return -sum(R @ layer_rows(train, name, R.device, block_bytes).T for name, R in ihvp.items())
+
+
+def self_influence(
+    train: Mapping[str, Tensor],
+    method: str | Method = "datainf",
+    damping: float = 0.1,
+    *,
+    device: torch.device | str | None = None,
+    block_bytes: int = BLOCK_BYTES,
+    **options,
+) -> Float[Tensor, " n"]:
+    """The influence of every training example on its own loss, shape (n,): the diagonal of ``influence(train, train)``.
+
+    Never positive for a positive definite H, since up-weighting an example lowers its own loss; the most negative
+    scores belong to the examples that the model fits mostly by themselves. Arguments and errors as in `influence`.
+    """
+    method = resolve_method(method, options)
+    check_pair(train, train, damping)
+    total = 0
+    for name in tqdm(train, desc="self-influence", unit="layer", delay=2, leave=False):
+        G = layer_rows(train, name, device, block_bytes)
+        total = total - torch.cat([(apply_method(method, name, G, V, damping) * V).sum(dim=1) for _, V in G.blocks()])
+    return total
+
+
+def _layers(train, query, method, damping, device, block_bytes, options) -> Iterator[tuple[str, Rows, Tensor]]:
+    """Check the arguments of `influence`, then yield (layer name, G, R) one layer at a time."""
+    method = resolve_method(method, options)
+    check_pair(train, query, damping)
+    for name in tqdm(train, desc=_name_of(method), unit="layer", delay=2, leave=False):
+        G = layer_rows(train, name, device, block_bytes)
+        V = layer_rows(query, name, G.device, block_bytes).tensor().to(G.dtype)
+        check_finite("query", name, square_norms(V))
+        yield name, G, apply_method(method, name, G, V, damping)
+
+
+def resolve_method(method: str | Method, options: Mapping[str, object] | None = None) -> Method:
+    """The function that a name stands for, with its options bound; a function stands for itself.
+
+    A name may carry its iterations in parentheses: "lissa_scaled(100)" is lissa_scaled with iterations=100.
+
+    Raises:
+        ValueError: there is no such method, or it does not take such an option.
+    """
+    options = dict(options or {})
+    if isinstance(method, str):
+        name, iterations = re.fullmatch(r"(\w*)(?:\((\d+)\))?|.*", method, re.DOTALL).groups()
+        if name not in METHODS:
+            raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}, or give a function.")
+        method = METHODS[name]
+        options |= {"iterations": int(iterations)} if iterations else {}
+    taken = inspect.signature(method).parameters
+    unknown = [name for name in options if name not in taken]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        raise ValueError(f"{_name_of(method)} takes no option {unknown[0]!r}.")
+    return partial(method, **options) if options else method
+
+
+def _is_built_in(method: Method) -> bool:
+    return getattr(method, "func", method) in METHODS.values()
+
+
+def apply_method(method: Method, name: str, G: Rows, V: Float[Tensor, "m d"], damping: float) -> Float[Tensor, "m d"]:
+    """R = method(G, V, lam) for the layer called `name`, after the checks that need the layer's numbers."""
+    check_finite("training", name, square_norms(G))
+    lam = layer_damping(G, damping)
+    if lam == 0:
+        raise ValueError(
+            f"Every training gradient of layer {name!r} is zero, so its damping is zero and H has no inverse: "
+            "leave the layer out, or fine-tune first (the gradient of lora_A is zero while lora_B is still zero)."
+        )
+    R = method(G if _is_built_in(method) else G.tensor(), V, lam)
+    if not torch.isfinite(R).all():
+        warnings.warn(
+            f"{_name_of(method)} diverged in layer {name!r}; scores that it enters are not numbers.",
+            stacklevel=3,
+        )
+    return R
+
+
+def layer_rows(
+    gradients: Mapping[str, Tensor],
+    name: str,
+    device: torch.device | str | None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Rows:
+    """The rows of one layer, in float32 at least; read lazily where the mapping offers it (`GradientStore.rows`)."""
+    rows = gradients.rows(name) if hasattr(gradients, "rows") else Rows.of(gradients[name])
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return Rows(rows.read, rows.shape, device=device or rows.device, dtype=dtype, block_bytes=block_bytes)
+
+
+# --- What can be wrong with the input -------------------------------------------------------------------------------
+
+
+def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor], damping: float) -> None:
+    """Refuse gradients that cannot be compared: other layers, other widths, no examples; and damping <= 0."""
+    if damping <= 0:
+        raise ValueError(f"damping must be positive, not {damping}: without it H has no inverse when d_l > n.")
+    if not train:
+        raise ValueError("There are no layers: the training gradients are an empty mapping.")
+    if missing := sorted(train.keys() ^ query.keys()):
+        name = missing[0]
+        raise ValueError(
+            f"Train and query gradients must be of the same layers, but {len(missing)} are in one alone: "
+            f"layer {name!r} is missing from the {'query' if name in train else 'training'} gradients."
+        )
+    n_of = {}
+    for name in train:
+        shapes = [tuple(layer_rows(side, name, None).shape) for side in (train, query)]
+        if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != shapes[1][1]:
+            raise ValueError(
+                f"Layer {name!r} has shape {shapes[0]} in train and {shapes[1]} in query; "
+                "both must be (examples, d_l) with the same d_l."
+            )
+        for side, (examples, _) in zip(("training", "query"), shapes, strict=True):
+            if examples == 0:
+                raise ValueError(f"There are no {side} examples: layer {name!r} has no rows.")
+            if n_of.setdefault(side, examples) != examples:
+                raise ValueError(f"Layer {name!r} has {examples} {side} rows where the others have {n_of[side]}.")
+
+
+def check_finite(side: str, name: str, squares: Float[Tensor, " n"]) -> None:
+    """Refuse gradients that are not finite, naming the first such example; `squares` are their squared norms."""
+    bad = (~torch.isfinite(squares)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"The gradient of {side} example {bad[0].item()} in layer {name!r} is not finite "
+            f"({len(bad)} of {len(squares)} examples): look at that example's loss, or drop it."
+        )
+
+
+def _name_of(method: Method) -> str:
+    return getattr(getattr(method, "func", method), "__name__", repr(method))

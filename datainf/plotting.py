@@ -1,0 +1,281 @@
+"""One function per kind of figure; the same colour, marker and name for a method everywhere."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from scipy import stats
+
+# Label, colour (of the colour-blind-safe Okabe-Ito set, ordered so that lightness differs too) and marker.
+METHOD_STYLE = {
+    "hessian_free": ("Hessian-free", "#56B4E9", "s"),
+    "lissa": ("LiSSA", "#E69F00", "^"),
+    "lissa_as_published": ("LiSSA, as published", "#F0E442", "v"),
+    "lissa_scaled": ("LiSSA, scaled", "#CC79A7", "<"),
+    "lissa_scaled(100)": ("LiSSA, scaled (100)", "#7A4069", ">"),
+    "datainf": ("DataInf", "#D55E00", "o"),
+    "exact": ("Exact", "#000000", "D"),
+}
+LABELS = {method: label for method, (label, _, _) in METHOD_STYLE.items()}
+STAGES = {"seconds_gradients": "gradients", "seconds_ihvp": "ihvp", "seconds_scores": "scores"}
+
+
+def use_style() -> None:
+    """The study's look: a light grid, no box, text that reads at the size it is shown."""
+    sns.set_theme(context="notebook", style="whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 150, "savefig.bbox": "tight", "axes.titlesize": 12})
+
+
+def label(method: str) -> str:
+    """A method's name as readers know it."""
+    return LABELS.get(method, method)
+
+
+def _shown_once(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Close the figure for pyplot, so that a notebook shows it as the cell's value and not a second time."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        figure = draw(*args, **kwargs)
+        plt.close(figure)
+        return figure
+
+    return drawn
+
+
+def _order(methods: Sequence[str]) -> list[str]:
+    """The methods that occur, in the order and by the labels of `METHOD_STYLE`."""
+    present = set(methods)
+    return [LABELS[method] for method in METHOD_STYLE if method in present] + sorted(present - LABELS.keys())
+
+
+def _look(labels: Sequence[str]) -> dict:
+    """seaborn's arguments that give each label its colour and marker."""
+    styles = {name: (colour, marker) for name, colour, marker in METHOD_STYLE.values()}
+    known = [styles.get(name, ("#888888", "P")) for name in labels]
+    return {"hue_order": labels, "palette": [c for c, _ in known], "markers": [m for _, m in known]}
+
+
+def confidence_interval(values: pd.Series, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of few runs; NaN where there is but one."""
+    values = values.dropna()
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
+    return values.mean() - half, values.mean() + half
+
+
+@_shown_once
+def by_rank(runs: pd.DataFrame, metric: str, ylabel: str, title: str, *, reference: float | None = None) -> Figure:
+    """Mean and 95% confidence interval of a metric by LoRA rank, one panel per dataset, one line per method.
+
+    The figure of the paper's Figures 1, 2 and 5. `runs` has one row per run and method; `reference` draws a line
+    such as chance.
+    """
+    runs = runs.assign(Method=runs["method"].map(label), Rank=runs["rank"])
+    labels = _order(runs["method"])
+    datasets = list(dict.fromkeys(runs["dataset"]))
+    figure, axes = plt.subplots(
+        1,
+        len(datasets),
+        figsize=(max(6.5, 3.6 * len(datasets) + 1), 3.9),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        some = runs[runs["dataset"] == dataset]
+        sns.pointplot(
+            some,
+            x="Rank",
+            y=metric,
+            hue="Method",
+            errorbar=confidence_interval,
+            dodge=0.45,
+            linewidth=1.2,
+            markersize=6,
+            err_kws={"linewidth": 1.2},
+            ax=axis,
+            **_look(labels),
+        )
+        if reference is not None:
+            axis.axhline(reference, color="0.5", linestyle=":", linewidth=1)
+        axis.set(title=dataset, xlabel="LoRA rank", ylabel=ylabel)
+        axis.get_legend().remove()
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    seeds = runs["seed"].nunique()
+    figure.suptitle(f"{title}\nmean of {seeds} seed{'s' * (seeds > 1)}, bars: 95% confidence interval", fontsize=12)
+    return figure
+
+
+@_shown_once
+def cost(runs: pd.DataFrame, title: str) -> Figure:
+    """Seconds of each stage (left, logarithmic) and peak memory of the influence stages (right), by method.
+
+    The gradients are the same for every method and are drawn as a line to hold the others against.
+    """
+    labels = _order(runs["method"])
+    runs = runs.assign(Method=runs["method"].map(label))
+    stages = runs.melt("Method", ["seconds_ihvp", "seconds_scores"], var_name="Stage", value_name="seconds").replace(
+        {"Stage": STAGES}
+    )
+    memory = runs.assign(peak=runs[["peak_mib_ihvp", "peak_mib_scores"]].max(axis=1))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 0.42 * len(labels) + 1.6), sharey=True, layout="constrained", width_ratios=[3, 2]
+    )
+    sns.barplot(
+        stages,
+        y="Method",
+        x="seconds",
+        hue="Stage",
+        order=labels,
+        palette=["#0072B2", "#A6CEE3"],
+        errorbar=None,
+        ax=left,
+    )
+    gradients = runs["seconds_gradients"].mean()
+    left.axvline(gradients, color="0.3", linestyle="--", linewidth=1.2)
+    left.text(gradients, -0.6, f"gradients: {gradients:.2g} s ", ha="right", va="bottom", fontsize=9, color="0.3")
+    left.set(xscale="log", xlabel="seconds (log scale)", ylabel="")
+    left.legend(loc="lower right", title=None, fontsize=9)
+    sns.barplot(memory, y="Method", x="peak", order=labels, color="0.6", errorbar=None, ax=right)
+    right.set(xlabel="peak memory beyond the gradients, MiB", ylabel="")
+    figure.suptitle(f"{title} (mean of {runs.groupby(['dataset', 'rank', 'seed']).ngroups} runs)", fontsize=12)
+    return figure
+
+
+@_shown_once
+def detection_curves(curves: pd.DataFrame, title: str) -> Figure:
+    """Share of the mislabeled examples found against the share of all examples inspected, most harmful first.
+
+    `curves` has the columns dataset, method, seed, inspected, found. Bands: 95% confidence interval over seeds.
+    """
+    labels = _order(curves["method"])
+    look = _look(labels)
+    curves = curves.assign(Method=curves["method"].map(label))
+    datasets = list(dict.fromkeys(curves["dataset"]))
+    figure, axes = plt.subplots(
+        1,
+        len(datasets),
+        figsize=(max(6.5, 3.4 * len(datasets) + 1.4), 3.9),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        some = curves[curves["dataset"] == dataset]
+        axis.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1)
+        sns.lineplot(
+            some,
+            x="inspected",
+            y="found",
+            hue="Method",
+            hue_order=labels,
+            palette=look["palette"],
+            style="Method",
+            style_order=labels,
+            errorbar=confidence_interval,
+            err_kws={"alpha": 0.12},
+            ax=axis,
+        )
+        axis.set(
+            title=dataset,
+            xlabel="share of examples inspected",
+            ylabel="share of mislabeled found",
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+        )
+        axis.get_legend().remove()
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+@_shown_once
+def against_exact(scores: pd.DataFrame, title: str) -> Figure:
+    """Each method's scores against the exact ones, one panel per method, standardized so that panels compare.
+
+    `scores` has one column per method, "exact" among them, and a row per training example, and may have a bool
+    column "flipped" that marks mislabeled ones.
+    """
+    methods = [method for method in METHOD_STYLE if method in scores and method != "exact"]
+    methods += [method for method in scores if method not in LABELS and method != "flipped"]
+    standard = scores.drop(columns="flipped", errors="ignore")
+    standard = (standard - standard.mean()) / standard.std()
+    flipped = scores.get("flipped", pd.Series(False, index=scores.index)).to_numpy()
+    columns = min(3, len(methods))
+    rows = int(np.ceil(len(methods) / columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.3 * columns, 3.2 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, method in zip(axes.flat, methods, strict=False):
+        for group, colour, name in ((~flipped, "#0072B2", "clean"), (flipped, "#D55E00", "mislabeled")):
+            axis.scatter(standard["exact"][group], standard[method][group], s=9, alpha=0.6, color=colour, label=name)
+        r = standard[method].corr(standard["exact"])
+        axis.set(title=f"{label(method)}  (r = {r:.2f})")
+        axis.axline((0, 0), slope=1, color="0.5", linewidth=1, linestyle=":")
+    for axis in axes.flat[len(methods) :]:
+        axis.remove()
+    figure.supxlabel("exact score (standardized)", fontsize=11)
+    figure.supylabel("score of the method (standardized)", fontsize=11)
+    if flipped.any():
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+@_shown_once
+def score_distributions(scores: pd.DataFrame, title: str) -> Figure:
+    """The scores of clean and of mislabeled examples side by side, one panel per method.
+
+    `scores` has a column per method and the bool column "flipped"; positive scores are harmful.
+    """
+    methods = [method for method in METHOD_STYLE if method in scores]
+    figure, axes = plt.subplots(1, len(methods), figsize=(2.5 * len(methods), 3.4), squeeze=False, layout="constrained")
+    names = scores["flipped"].map({False: "clean", True: "mislabeled"})
+    for axis, method in zip(axes[0], methods, strict=True):
+        shown = scores[method] / scores[method].abs().max()
+        sns.stripplot(
+            x=names,
+            y=shown,
+            hue=names,
+            order=["clean", "mislabeled"],
+            palette={"clean": "#0072B2", "mislabeled": "#D55E00"},
+            size=2.5,
+            alpha=0.6,
+            jitter=0.3,
+            legend=False,
+            ax=axis,
+        )
+        axis.axhline(0, color="0.3", linewidth=1)
+        axis.set(title=label(method), xlabel="", ylabel="")
+    axes[0, 0].set_ylabel("score / largest |score|\n(> 0: harmful)")
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+@_shown_once
+def fine_tuning_curve(history: pd.DataFrame, majority: float) -> Figure:
+    """Training loss and validation accuracy by epoch, against always answering the majority class."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
+    left.plot(history["epoch"], history["loss"], marker="o", color="#0072B2")
+    left.set(xlabel="epoch", ylabel="mean training loss, nats", title="Training loss (noisy labels)")
+    right.plot(history["epoch"], history["accuracy"], marker="o", color="#0072B2")
+    right.axhline(majority, color="0.5", linestyle=":")
+    right.text(
+        history["epoch"].iloc[-1],
+        majority,
+        "majority class",
+        ha="right",
+        va="bottom",
+        fontsize=9,
+        color="0.4",
+    )
+    right.set(xlabel="epoch", ylabel="accuracy", title="Validation accuracy (clean labels)", ylim=(None, 1.0))
+    return figure

@@ -1,0 +1,108 @@
+"""Small models of the families the study covers, and where real data may be found."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+VOCABULARY, PAD = 60, 1
+
+FAMILIES = {
+    "roberta": (RobertaForSequenceClassification, RobertaConfig, ["value"], {"num_attention_heads": 4}),
+    "bert": (BertForSequenceClassification, BertConfig, ["value"], {"num_attention_heads": 4}),
+    # Grouped-query attention: v_proj is narrower than q_proj.
+    "llama": (
+        LlamaForSequenceClassification,
+        LlamaConfig,
+        ["q_proj", "v_proj"],
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
+}
+
+
+@pytest.fixture
+def make_model():
+    """``make_model(family, rank=2, dtype=..., **lora)``: a random model with a random (not zero) adapter."""
+
+    def make(family: str, rank: int = 2, dtype: torch.dtype = torch.float32, **lora):
+        torch.manual_seed(0)
+        model_class, config_class, targets, heads = FAMILIES[family]
+        config = config_class(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            max_position_embeddings=64,
+            pad_token_id=PAD,
+            num_labels=2,
+            **heads,
+        )
+        lora = {"target_modules": targets, "lora_dropout": 0.3, "init_lora_weights": False} | lora
+        model = get_peft_model(
+            model_class(config).to(dtype),
+            LoraConfig(task_type="SEQ_CLS", r=rank, **lora),
+            autocast_adapter_dtype=False,
+        )
+        return model.train()
+
+    return make
+
+
+@pytest.fixture
+def token_examples():
+    """Twelve examples of mixed lengths, as a tokenizer would return them."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [5, 17, 3, 9, 9, 24, 4, 11, 6, 2, 13, 8]
+    return [
+        {
+            "input_ids": torch.randint(5, VOCABULARY, (length,), generator=generator).tolist(),
+            "labels": index % 2,
+        }
+        for index, length in enumerate(lengths)
+    ]
+
+
+@pytest.fixture
+def pad_collate():
+    """Pad to the longest example of the batch, with an attention mask."""
+
+    def collate(examples):
+        longest = max(len(example["input_ids"]) for example in examples)
+        rows = [example["input_ids"] + [PAD] * (longest - len(example["input_ids"])) for example in examples]
+        mask = [[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples]
+        return {
+            "input_ids": torch.tensor(rows),
+            "attention_mask": torch.tensor(mask),
+            "labels": torch.tensor([example["labels"] for example in examples]),
+        }
+
+    return collate
+
+
+def _folder_from(variable: str) -> Path:
+    folder = os.environ.get(variable)
+    if not folder or not Path(folder).is_dir():
+        pytest.skip(f"set {variable} to a folder of real data or models to run this test")
+    return Path(folder)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """A folder with glue/mrpc/train.tsv and its like, named by DATAINF_TEST_DATA."""
+    return _folder_from("DATAINF_TEST_DATA")
+
+
+@pytest.fixture
+def real_models() -> Path:
+    """A folder of pretrained checkpoints, named by DATAINF_TEST_MODELS."""
+    return _folder_from("DATAINF_TEST_MODELS")
