@@ -9,8 +9,8 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
-           --config $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) _= \
-           --rerun-incomplete --keep-going --quiet rules
+           --config scale=$(SCALE) $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) \
+           --rerun-incomplete --keep-going --nolock --quiet rules host reason
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help reproduce test lab notebooks clean

@@ -11,7 +11,7 @@ from pathlib import Path
 import papermill
 import yaml
 
-from datainf.provenance import code_hash
+from datainf.provenance import DRAWING, code_hash
 
 SCALE = config["scale"]
 RESULTS = f"results/{SCALE}"
@@ -22,6 +22,7 @@ EXPERIMENTS = {
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
 GRID = config["grid"]
 PARAMETERS = dict(config["parameters"])
+BY_DATASET = config.get("by_dataset", {})  # parameters that one dataset has otherwise
 if config.get("model"):  # a folder in place of the hub's base
     PARAMETERS["model"] = config["model"]
 
@@ -30,12 +31,14 @@ def run_parameters(wildcards):
     """The parameters of one run; a dataset is looked for in the folder config["data"], where one is given."""
     data = config.get("data")
     dataset = str(Path(data) / wildcards.dataset) if data else wildcards.dataset
-    return PARAMETERS | {"dataset": dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
+    own = BY_DATASET.get(wildcards.dataset, {})
+    return PARAMETERS | own | {"dataset": dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
 
 
 # papermill lets unknown parameters through with a warning: compare the names before anything runs.
 for notebook in EXPERIMENTS.values():
-    if unknown := (PARAMETERS.keys() | GRID.keys()) - papermill.inspect_notebook(notebook).keys():
+    given = set().union(PARAMETERS, GRID, *BY_DATASET.values())
+    if unknown := given - papermill.inspect_notebook(notebook).keys():
         raise WorkflowError(f"{notebook} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets.")
 
 RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
@@ -61,6 +64,12 @@ def earlier(wildcards):
     if wildcards.experiment == "mislabeled_detection":
         return RECORD.replace("{experiment}", "approximation_error")
     return []
+
+
+wildcard_constraints:
+    experiment="|".join(EXPERIMENTS),
+    rank=r"\d+",
+    seed=r"\d+",
 
 
 localrules:

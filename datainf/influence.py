@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from datainf.errors import InputError
 from datainf.rows import BLOCK_BYTES, Rows, square_norms
 
 Matrix = Float[Tensor, "n d"] | Rows
@@ -242,19 +243,19 @@ def resolve_method(method: str | Method, options: Mapping[str, object] | None = 
     A name may carry its iterations in parentheses: "lissa_scaled(100)" is lissa_scaled with iterations=100.
 
     Raises:
-        ValueError: there is no such method, or it does not take such an option.
+        InputError: there is no such method, or it does not take such an option.
     """
     options = dict(options or {})
     if isinstance(method, str):
         name, iterations = re.fullmatch(r"(\w*)(?:\((\d+)\))?|.*", method, re.DOTALL).groups()
         if name not in METHODS:
-            raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}, or give a function.")
+            raise InputError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}, or give a function.")
         method = METHODS[name]
         options |= {"iterations": int(iterations)} if iterations else {}
     taken = inspect.signature(method).parameters
     unknown = [name for name in options if name not in taken]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        raise ValueError(f"{_name_of(method)} takes no option {unknown[0]!r}.")
+        raise InputError(f"{_name_of(method)} takes no option {unknown[0]!r}.")
     return partial(method, **options) if options else method
 
 

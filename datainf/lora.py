@@ -1,5 +1,7 @@
 """Load a base, attach a LoRA adapter, fine-tune it; hyperparameters default to the paper's (D.1)."""
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
@@ -29,10 +32,11 @@ from transformers.utils import logging
 from datainf import demo
 from datainf.data.glue import NoisyTask
 from datainf.errors import InputError
+from datainf.files import write_whole
 from datainf.provenance import weights_revision
 
 MAX_LENGTH = 128
-ADAPTER, HISTORY = "adapter", "history.csv"
+ADAPTER, HISTORY, ORIGIN, CHECKPOINTS = "adapter", "history.csv", "origin.json", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -96,32 +100,37 @@ def fine_tune_classifier(
     train, validation = (tokenize(split, tokenizer, task.columns) for split in (task.train, task.validation))
     collate = DataCollatorWithPadding(tokenizer)
     revision = weights_revision(model)
-    if (folder / HISTORY).is_file():
-        model = PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True)
-        history = pd.read_csv(folder / HISTORY)
-    else:
-        model = attach_adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
-        arguments = TrainingArguments(
-            output_dir=str(folder / "checkpoints"),
-            learning_rate=learning_rate,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            logging_strategy="epoch",
-            save_total_limit=1,
-            train_sampling_strategy="group_by_length",  # like lengths share a batch: far less padding
-            seed=seed,
-            report_to="none",
-            bf16=bf16,
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        history = _train(model, arguments, train, validation, collate)
-        model.save_pretrained(folder / ADAPTER)
-        # Written last: its presence says that the adapter beside it is finished.
-        history.to_csv(folder / HISTORY, index=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # another run may be after the same model
+        _check_origin(folder / ORIGIN, {"base": revision, "data": task.revision})
+        if (folder / HISTORY).is_file():
+            model = PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True)
+            history = pd.read_csv(folder / HISTORY)
+        else:
+            model = attach_adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+            arguments = TrainingArguments(
+                output_dir=str(folder / CHECKPOINTS),
+                learning_rate=learning_rate,
+                num_train_epochs=epochs,
+                per_device_train_batch_size=batch_size,
+                per_device_eval_batch_size=batch_size,
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                logging_strategy="epoch",
+                save_total_limit=1,
+                train_sampling_strategy="group_by_length",  # like lengths share a batch: far less padding
+                seed=seed,
+                bf16=bf16,
+                use_cpu=not torch.accelerator.is_available(),
+                dataloader_pin_memory=torch.accelerator.is_available(),
+                report_to="none",
+                disable_tqdm=True,
+            )
+            history = _train(model, arguments, train, validation, collate)
+            model.save_pretrained(folder / ADAPTER)
+            # Written last: its presence says that the adapter beside it is finished.
+            write_whole(folder / HISTORY, history.to_csv(index=False))
+            shutil.rmtree(folder / CHECKPOINTS)
     if torch.cuda.is_available():
         model = model.cuda()
     return FineTuned(model, train, validation, collate, history, revision)
@@ -195,6 +204,17 @@ def tokenize(split: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Sequen
     return split.map(encode, batched=True, remove_columns=split.column_names, load_from_cache_file=False)
 
 
+def _check_origin(path: Path, origin: dict[str, str]) -> None:
+    """Refuse a folder in which another base or other data was fine-tuned under the same names."""
+    if not path.is_file():
+        write_whole(path, json.dumps(origin))
+    elif (found := json.loads(path.read_text(encoding="utf8"))) != origin:
+        differs = " and ".join(name for name in origin if found.get(name) != origin[name])
+        raise InputError(
+            f"{path.parent} holds a model fine-tuned from another {differs} of this name: delete that folder."
+        )
+
+
 class _Progress(TrainerCallback):
     """One bar over all steps; it begins where a checkpoint left off."""
 
@@ -222,9 +242,14 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress)
-    checkpoints = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=_last_whole(Path(arguments.output_dir)))
     log = pd.DataFrame(trainer.state.log_history)
     loss = log.dropna(subset="loss").set_index("epoch")["loss"]
     accuracy = log.dropna(subset="eval_accuracy").set_index("epoch")["eval_accuracy"]
     return pd.DataFrame({"loss": loss, "accuracy": accuracy}).rename_axis("epoch").reset_index()
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The last checkpoint that was written to its end: trainer_state.json is the last of its files."""
+    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None

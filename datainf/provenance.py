@@ -53,11 +53,10 @@ def weights_revision(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()[:12]}"
 
 
-# The modules whose code the numbers of an experiment depend on, and those that its figures and tables do.
-NUMERIC = ("rows", "influence", "gradients", "store", "losses", "lora", "metrics", "data", "demo")
-
-
-DRAWING = ("results", "metrics", "plotting")
+# The modules that fine-tuned models and gradients depend on; all that a run's numbers depend on; those that draw.
+FINE_TUNING = ("gradients", "store", "losses", "lora", "data", "demo")
+NUMERIC = (*FINE_TUNING, "rows", "influence", "metrics")
+DRAWING = ("metrics", "plotting", "results", "tables")
 
 
 @cache

@@ -4,7 +4,6 @@ The columns are described in ``results/README.md``.
 """
 
 import json
-import os
 import re
 import threading
 import time
@@ -19,7 +18,8 @@ import psutil
 import torch
 
 from datainf.errors import InputError
-from datainf.provenance import code_hash, provenance
+from datainf.files import write_whole
+from datainf.provenance import FINE_TUNING, code_hash, provenance
 
 # What identifies a run, in the order of the columns; metrics follow, then provenance.
 RUN_COLUMNS = [
@@ -100,13 +100,15 @@ def _peak_memory(interval: float = 0.005) -> Iterator:
 def run_folder(cache: str | Path, **key) -> Path:
     """The folder for the work that runs share, such as a fine-tuned model: one for each `key` and state of the code.
 
-    Its name reads as the key's short values and ends in a hash of the whole key, the package's code and the
-    versions of the libraries that the numbers depend on.
+    Its name reads as the key's short values and ends in a hash of the whole key, of the code that fine-tunes and
+    takes gradients, and of the versions of the libraries that do.
     """
     readable = [Path(str(key[name])).name for name in ("model", "dataset") if name in key]
     readable += [f"{name[0]}{key[name]}" for name in ("rank", "seed") if name in key]
     libraries = {name: value for name, value in provenance().items() if name in ("torch", "transformers", "peft")}
-    digest = joblib.hash([sorted((name, str(value)) for name, value in key.items()), code_hash(), libraries])
+    digest = joblib.hash(
+        [sorted((name, str(value)) for name, value in key.items()), code_hash(modules=FINE_TUNING), libraries]
+    )
     return Path(cache) / re.sub(r"[^\w.=-]", "-", "-".join([*readable, digest[:10]]))
 
 
@@ -137,20 +139,13 @@ def load_runs(folder: str | Path, experiment: str) -> pd.DataFrame:
     return pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write aside, then rename: whoever finds `path` finds all of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_text(text, encoding="utf8")
-    os.replace(aside, path)
-
-
 def paper_reported(folder: str | Path) -> pd.DataFrame:
     """The numbers that the paper's text reports: item, dataset, rank, method, metric, value, where."""
     return pd.read_csv(Path(folder) / "paper_reported.csv")
 
 
 # The parameters of a run that decide its fine-tuned model and gradients; the others concern what is done with them.
-FINE_TUNING = [
+SHARED = [
     "model",
     "dataset",
     "rank",
@@ -168,7 +163,7 @@ FINE_TUNING = [
 
 def fine_tuning_key(run: Mapping[str, object]) -> dict[str, object]:
     """The part of a run's parameters that its fine-tuned model and gradients depend on, for `run_folder`."""
-    return {name: run[name] for name in FINE_TUNING}
+    return {name: run[name] for name in SHARED}
 
 
 def cost_columns(**stages: Stage) -> dict[str, float]:
@@ -181,7 +176,7 @@ def run_facts(run: Mapping[str, object], experiment: str, *, task, tuned, n_laye
 
     Folders and hub ids are given by their last part, so that a record names no one's disk.
     """
-    known = {name: run[name] for name in [*FINE_TUNING, "damping"]}
+    known = {name: run[name] for name in [*SHARED, "damping"]}
     return {
         **known,
         "experiment": experiment,

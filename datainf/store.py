@@ -7,7 +7,6 @@ name is whole, however the writing ended; extraction resumes from the shards tha
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datainf.files import fill_whole, write_whole
 from datainf.rows import Rows
 
 MANIFEST = "manifest.json"
@@ -168,7 +168,7 @@ class Shards:
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_aside(folder / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+            write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -188,7 +188,7 @@ class Shards:
     def write(self, index: int, gradients: Mapping[str, Tensor]) -> None:
         """Write one shard: layer name -> (rows of the shard, d_l)."""
         tensors = {name: tensor.to(self.dtype).contiguous().cpu() for name, tensor in gradients.items()}
-        _write_aside(self.path(index), lambda path: save_file(tensors, path))
+        fill_whole(self.path(index), lambda path: save_file(tensors, path))
 
     def reader(self, name: str):
         """``read(start, stop)`` for one layer: the rows of those examples, from as many shards as they span."""
@@ -211,15 +211,3 @@ class Shards:
                 f"Shard {self.path(index)} cannot be read ({error}): delete it and call per_sample_gradients again "
                 "with store= its folder to make it anew."
             ) from error
-
-
-def _write_aside(path: Path, write) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk, then give it its name in one step."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

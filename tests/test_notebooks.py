@@ -1,0 +1,138 @@
+"""Every notebook, executed by papermill at its smallest scale, and the refusals a user meets there."""
+
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from datainf.provenance import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+EXPERIMENTS = {"approximation_error": "10_approximation_error", "mislabeled_detection": "20_mislabeled_detection"}
+SMALLEST = {"n_train": 40, "n_validation": 20, "epochs": 1, "dataset": "demo-reviews"}
+
+
+def execute(name, into, **given):
+    return papermill.execute_notebook(
+        NOTEBOOKS / f"{name}.ipynb", into / f"{name}.ipynb", given, cwd=ROOT, progress_bar=False
+    )
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The smallest sweep: one dataset, two ranks, two seeds' worth of records, then the figures."""
+    folder = tmp_path_factory.mktemp("study")
+    for rank in (1, 2):
+        for experiment, notebook in EXPERIMENTS.items():
+            output = folder / "results" / "tiny" / "runs" / f"{experiment}-demo-reviews-r{rank}-s0.csv"
+            given = {**SMALLEST, "rank": rank, "cache": str(folder / "cache"), "output": str(output)}
+            execute(notebook, folder, **given)
+    execute("90_figures_and_tables", folder, scale="tiny", folder=str(folder / "results"))
+    return folder
+
+
+def test_records_of_both_experiments(sweep):
+    runs = sweep / "results" / "tiny" / "runs"
+    errors = pd.read_csv(runs / "approximation_error-demo-reviews-r2-s0.csv").set_index("method")
+    detection = pd.read_csv(runs / "mislabeled_detection-demo-reviews-r2-s0.csv").set_index("method")
+    assert errors.loc["exact", "pearson"] == pytest.approx(1)
+    assert errors["pearson"].between(-1, 1).all() and detection["auc"].between(0, 1).all()
+    assert (errors["n_train"] == 40).all() and (errors["rank"] == 2).all()
+    for column in ("seconds_gradients", "seconds_ihvp", "seconds_scores", "seconds_fine_tuning"):
+        assert (errors[column] > 0).all()
+    assert errors["model"].unique().tolist() == ["demo-roberta"]
+    assert errors["commit"].notna().all() and errors["model_revision"].str.startswith("sha256:").all()
+
+
+def test_both_experiments_share_one_model_and_its_gradients(sweep):
+    shared = list((sweep / "cache").iterdir())
+    assert len(shared) == 2  # one for each rank, not one for each notebook
+    runs = sweep / "results" / "tiny" / "runs"
+    costs = [pd.read_csv(path)["seconds_gradients"][0] for path in sorted(runs.glob("*-r1-s0.csv"))]
+    assert costs[0] == costs[1]
+
+
+def test_figures_and_tables_are_there(sweep):
+    here = sweep / "results" / "tiny"
+    assert sorted(path.stem for path in (here / "figures").glob("*.png")) == [
+        "cost",
+        "detection_curves",
+        "figure1_pearson",
+        "figure1_spearman",
+        "figure2_5_detection_auc",
+    ]
+    assert "DataInf correlates more than Hessian-free" in (here / "tables" / "ours_beside_paper.md").read_text()
+    assert len(pd.read_csv(here / "tables" / "approximation_error.csv")) == 2 * 7
+
+
+def test_no_executed_notebook_shows_noise(sweep):
+    """No warnings, no progress of libraries, no figure twice in what a reader sees."""
+    for path in sweep.glob("*.ipynb"):
+        for cell in nbformat.read(path, 4).cells:
+            outputs = cell.get("outputs", [])
+            assert not [o for o in outputs if o.output_type == "stream" and "Warning" in o.text]
+            assert sum("image/png" in o.get("data", {}) for o in outputs) <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"rnak": 2}, "InputError: This notebook has no parameter 'rnak'; did you mean 'rank'?"),
+        ({"rank": 0}, "InputError: rank must be a whole number of at least 1, not 0."),
+        ({"dataset": "./nowhere"}, "InputError: There is no dataset './nowhere'"),
+        ({"dataset": "one-class"}, "all labels are of one class, so there is nothing to learn; two are needed."),
+        ({"model": "./nowhere"}, "InputError: There is no folder ./nowhere"),
+        ({"methods": ["datainv"]}, "Unknown method 'datainv': choose one of hessian_free"),
+    ],
+)
+def test_what_does_not_fit_ends_at_once_in_one_sentence(given, sentence, tmp_path):
+    if given.get("dataset") == "one-class":
+        for split in ("train", "validation"):
+            (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\ngood\t1\nfine\t1\n")
+        given = {"dataset": str(tmp_path)}
+    with pytest.raises(PapermillExecutionError) as caught:
+        execute("10_approximation_error", tmp_path, cache=str(tmp_path / "cache"), **given)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", caught.value.traceback)
+    assert sentence in shown and "\n" not in shown.strip()
+    assert not list(tmp_path.glob("cache/*/checkpoints"))
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_committed_notebooks_are_executed_top_to_bottom(path):
+    notebook = nbformat.read(path, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [o for cell in code for o in cell.outputs if o.output_type == "error"]
+    assert any("parameters" in cell.metadata.get("tags", []) for cell in code)
+    assert any("image/png" in o.get("data", {}) for cell in code for o in cell.outputs)
+    assert str(ROOT) not in json.dumps(notebook)
+
+
+def snakemake(*arguments, config="config/demo.yaml"):
+    command = [sys.executable, "-m", "snakemake", "--configfile", config, "--cores", "1", "-n", "--nolock", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("scale", ["demo", "laptop", "paper"])
+def test_the_sweep_plans_every_run_of_a_scale(scale):
+    planned = snakemake("--forceall", config=f"config/{scale}.yaml")
+    assert planned.returncode == 0, planned.stderr
+    runs = {"demo": 2 * 4 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
+    assert re.search(rf"^run\s+{2 * runs}$", planned.stdout + planned.stderr, re.MULTILINE)
+
+
+def test_the_sweep_refuses_a_parameter_that_no_notebook_has():
+    planned = snakemake("--config", "parameters={learning_rat: 0.1}")
+    assert planned.returncode != 0
+    assert "has no parameter 'learning_rat'" in planned.stderr
+
+
+def test_the_sweep_finds_data_and_model_in_folders():
+    planned = snakemake("--config", "data=some/glue", "model=some/base", "--printshellcmds", "--forceall")
+    assert "dataset: some/glue/demo-reviews" in planned.stdout and "model: some/base" in planned.stdout

@@ -1,0 +1,211 @@
+"""Parameters, records, metrics, tables and figures: the small parts around the experiments."""
+
+import subprocess
+import sys
+import time
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import datainf
+from datainf import metrics, parameters, plotting, provenance, results, tables
+from datainf.errors import InputError
+
+matplotlib.use("Agg")
+
+DECLARED = "# The parameters of a run\nrank: int = 4\nnoise: float = 0.2\nmethods: list = ['exact']\nname: str = 'a'\n"
+
+
+def notebook(injected: str) -> dict:
+    """A notebook's namespace after papermill injected a cell."""
+    namespace = {"In": ["", "import this", DECLARED, injected, "parameters.check(globals())"]}
+    exec(DECLARED + injected, namespace)
+    return namespace
+
+
+def test_parameters_are_declared_and_overridden():
+    assert parameters.check(notebook("# Parameters\nrank = 8\nnoise = 0\n")) == {
+        "rank": 8,
+        "noise": 0,
+        "methods": ["exact"],
+        "name": "a",
+    }
+
+
+@pytest.mark.parametrize(
+    ("injected", "message"),
+    [
+        ("rnak = 8", "no parameter 'rnak'; did you mean 'rank'?"),
+        ("sigma = 8", "no parameter 'sigma'; there are: rank, noise, methods, name."),
+        ("rank = 'two'", "'rank' must be int, not 'two'"),
+        ("rank = 1.5", "'rank' must be int, not 1.5"),
+        ("rank = True", "'rank' must be int, not True"),
+        ("methods = 'exact'", "'methods' must be list, not 'exact'"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(injected, message):
+    with pytest.raises(InputError) as caught:
+        parameters.check(notebook(f"# Parameters\n{injected}\n"))
+    assert message in str(caught.value)
+    assert caught.value._render_traceback_() == [f"InputError: {caught.value}"]
+
+
+def test_detection_metrics():
+    flipped = np.array([True, False, True, False, False])
+    scores = np.array([5.0, 4.0, 3.0, 2.0, 1.0])
+    assert metrics.detection_auc(scores, flipped) == pytest.approx(5 / 6)
+    assert np.isnan(metrics.detection_auc(np.array([np.nan, 1, 2, 3, 4]), flipped))
+    curve = metrics.detection_curve(scores, flipped, points=6)
+    assert curve["found"].tolist() == pytest.approx([0, 0.5, 0.5, 1, 1, 1])
+    columns = metrics.found_columns(curve)
+    records = pd.DataFrame([{"dataset": "d", "method": "exact", "rank": 1, "seed": 0, **columns}])
+    back = metrics.curves_from(records)
+    assert back["found"].tolist() == pytest.approx(curve["found"].tolist())
+    assert back["inspected"].tolist() == pytest.approx(curve["inspected"].tolist())
+
+
+def test_correlation():
+    exact = np.array([1.0, 2.0, 3.0, 4.0])
+    assert metrics.correlation(exact**3, exact)["spearman"] == pytest.approx(1)
+    assert metrics.correlation(exact**3, exact)["pearson"] < 1
+    assert np.isnan(metrics.correlation(np.full(4, np.inf), exact)["pearson"])
+    assert np.isnan(metrics.correlation(np.ones(4), exact)["pearson"])
+
+
+def test_a_stage_is_measured_once_and_remembered(tmp_path):
+    with results.stage("work", tmp_path) as first:
+        held = torch.ones(20 * 2**20)  # 80 MiB
+        time.sleep(0.05)
+    assert 0.05 <= first.seconds < 5 and 60 <= first.peak_mib < 400
+    del held
+    with results.stage("work", tmp_path) as again:
+        pass
+    assert again == first
+
+
+def test_the_run_folder_depends_on_the_key():
+    key = {"model": "some/base", "dataset": "/data/mrpc", "rank": 4, "seed": 0}
+    folder = results.run_folder("cache", **key)
+    assert folder.name.startswith("base-mrpc-r4-s0-")
+    assert folder == results.run_folder("cache", **key)
+    assert folder != results.run_folder("cache", **key | {"epochs": 3})
+
+
+def test_code_hash_ignores_prose(tmp_path):
+    def hash_of(source, name):
+        path = tmp_path / f"{name}.ipynb"
+        path.write_text(f'{{"cells": [{{"cell_type": "code", "source": {source!r}}}]}}'.replace("'", '"'))
+        return provenance.code_hash(path)
+
+    assert hash_of("x = 1", "a") == hash_of("x  =  1  # one", "b") != hash_of("x = 2", "c")
+
+
+def records(experiment: str) -> pd.DataFrame:
+    """Made-up records: DataInf nearer to Exact than the others, falling with the rank."""
+    rows = []
+    for dataset in ("one", "two"):
+        for rank in (1, 4):
+            for seed in (0, 1, 2):
+                for index, method in enumerate(["hessian_free", "lissa", "lissa_scaled", "datainf", "exact"]):
+                    value = 0.5 + 0.1 * index - 0.02 * rank + 0.01 * seed
+                    curve = {f"found_{share:02d}": share / 100 for share in range(0, 101, 5)}
+                    rows.append(
+                        {
+                            **dict.fromkeys(results.RUN_COLUMNS, 0),
+                            "experiment": experiment,
+                            "dataset": dataset,
+                            "rank": rank,
+                            "seed": seed,
+                            "method": method,
+                            "accuracy": 0.8,
+                            "majority": 0.5,
+                            **dict.fromkeys(["pearson", "spearman", "auc"], value),
+                            **{
+                                f"{field}_{s}": 1.0
+                                for field in ("seconds", "peak_mib")
+                                for s in plotting.STAGES.values()
+                            },
+                            **curve,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def test_records_are_written_whole_with_their_provenance(tmp_path):
+    made = records("approximation_error")
+    facts = dict.fromkeys(results.RUN_COLUMNS[:5], "x")
+    results.save_run(tmp_path / "runs" / "approximation_error-a.csv", made, **facts)
+    read = results.load_runs(tmp_path / "runs", "approximation_error")
+    assert len(read) == len(made)
+    assert read["commit"].notna().all() and (read["torch"] == torch.__version__).all()
+    assert list(read.columns[: len(results.RUN_COLUMNS)]) == results.RUN_COLUMNS
+    with pytest.raises(InputError, match="needs the column 'method'"):
+        results.save_run(tmp_path / "bad.csv", made.drop(columns="method"))
+    with pytest.raises(InputError, match="no records of mislabeled_detection"):
+        results.load_runs(tmp_path / "runs", "mislabeled_detection")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["approximation_error-a.csv"]
+
+
+def test_every_column_of_a_record_is_in_the_dictionary():
+    dictionary = (provenance.ROOT / "results" / "README.md").read_text(encoding="utf8")
+    tracked = sorted((provenance.ROOT / "results").glob("*/tables/[am]*_*.csv"))
+    columns = set(results.RUN_COLUMNS).union(*(pd.read_csv(path, nrows=1).columns for path in tracked))
+    undocumented = sorted(name for name in columns if f"`{name}`" not in dictionary and not name.startswith("found_"))
+    assert undocumented == []
+
+
+def test_ours_beside_the_papers_counts_cells():
+    reported = results.paper_reported(provenance.ROOT / "results")
+    beside = tables.ours_beside_paper(records("approximation_error"), records("mislabeled_detection"), reported)
+    ours = beside.set_index("claim")["ours"]
+    assert ours["DataInf correlates more than Hessian-free"] == "4 of 4"
+    assert ours["scaled LiSSA (10) correlates more than DataInf"] == "0 of 4"
+    assert ours["DataInf's correlation is lower at the highest rank than at the lowest"] == "2 of 2 datasets"
+    assert ours["DataInf detects about as well as Exact, or better"] == "0 of 4"
+    assert ours["Pearson correlation with Exact at the lowest rank, DataInf"] == "0.79 (one), 0.79 (two)"
+    assert tables.to_markdown(beside).count("\n") == len(beside) + 2
+
+
+def test_confidence_interval():
+    low, high = plotting.confidence_interval(pd.Series([1.0, 2.0, 3.0]))
+    assert (low + high) / 2 == pytest.approx(2) and high - 2 == pytest.approx(4.302653 * 3**-0.5, rel=1e-5)
+    assert np.isnan(plotting.confidence_interval(pd.Series([1.0]))[0])
+
+
+def test_figures_are_drawn():
+    errors, detection = records("approximation_error"), records("mislabeled_detection")
+    generator = np.random.default_rng(0)
+    scores = pd.DataFrame(generator.normal(size=(30, 3)), columns=["datainf", "lissa", "exact"])
+    scores["flipped"] = generator.random(30) < 0.3
+    history = pd.DataFrame({"epoch": [1, 2], "loss": [0.7, 0.5], "accuracy": [0.6, 0.8]})
+    figures = [
+        plotting.by_rank(errors, "pearson", "correlation", "title", reference=0),
+        plotting.cost(detection, "title"),
+        plotting.detection_curves(metrics.curves_from(detection), "title"),
+        plotting.against_exact(scores, "title"),
+        plotting.score_distributions(scores, "title"),
+        plotting.fine_tuning_curve(history, 0.5),
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+        assert figure.get_suptitle() or all(axis.get_title() for axis in figure.axes)
+        labels = [axis.get_xlabel() + axis.get_ylabel() for axis in figure.axes]
+        assert all(labels) or figure.get_supxlabel() or labels[0]
+    assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {
+        "Hessian-free", "LiSSA", "LiSSA, scaled", "DataInf", "Exact",
+    }  # fmt: skip
+
+
+def test_method_styles_cover_every_method_and_are_distinct():
+    assert set(datainf.METHODS) <= set(plotting.METHOD_STYLE)
+    for part in zip(*plotting.METHOD_STYLE.values(), strict=True):
+        assert len(set(part)) == len(part)
+
+
+def test_importing_the_package_is_enough():
+    code = "import datainf; print(datainf.influence.__name__, datainf.GradientStore.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["influence", "GradientStore"]
