@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from datainf.errors import InputError
-from datainf.rows import BLOCK_BYTES, Rows, square_norms
+from datainf.rows import BLOCK_BYTES, Rows, gram, square_norms
 
 Matrix = Float[Tensor, "n d"] | Rows
 Method = Callable[..., Tensor]
@@ -70,7 +70,7 @@ def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"
     if d <= n:
         R = torch.cholesky_solve(V64.T, _cholesky(G64.T @ G64 / n, lam)).T
     else:
-        R = (V64 - torch.cholesky_solve(G64 @ V64.T, _cholesky(G64 @ G64.T, n * lam)).T @ G64) / lam
+        R = (V64 - torch.cholesky_solve(G64 @ V64.T, _cholesky(gram(G64), n * lam)).T @ G64) / lam
     return R.to(V.dtype)
 
 

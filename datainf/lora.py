@@ -103,11 +103,8 @@ def fine_tune_classifier(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # another run may be after the same model
         _check_origin(folder / ORIGIN, {"base": revision, "data": task.revision})
-        if (folder / HISTORY).is_file():
-            model = PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True)
-            history = pd.read_csv(folder / HISTORY)
-        else:
-            model = attach_adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+        if not (folder / HISTORY).is_file():
+            adapted = attach_adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
             arguments = TrainingArguments(
                 output_dir=str(folder / CHECKPOINTS),
                 learning_rate=learning_rate,
@@ -126,11 +123,15 @@ def fine_tune_classifier(
                 report_to="none",
                 disable_tqdm=True,
             )
-            history = _train(model, arguments, train, validation, collate)
-            model.save_pretrained(folder / ADAPTER)
+            history = _train(adapted, arguments, train, validation, collate)
+            adapted.save_pretrained(folder / ADAPTER)
             # Written last: its presence says that the adapter beside it is finished.
             write_whole(folder / HISTORY, history.to_csv(index=False))
             shutil.rmtree(folder / CHECKPOINTS)
+            # Not the model that was trained: the Trainer leaves its mixed precision wrapped around that one's forward.
+            model, _ = load_classifier(base)
+        model = PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True)
+        history = pd.read_csv(folder / HISTORY)
     if torch.cuda.is_available():
         model = model.cuda()
     return FineTuned(model, train, validation, collate, history, revision)

@@ -5,6 +5,7 @@ The influence methods are written as matrix equations in G of shape (n, d). `Row
 the same line of code reads as its equation for a tensor in memory and for a layer that lives on disk.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -51,13 +52,21 @@ class Rows:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice of row numbers, block of rows on ``device`` in ``dtype``), in order."""
-        n, d = self.shape
-        size = max(1, self.block_bytes // max(1, d * self.dtype.itemsize))
-        if n <= size:
-            yield slice(0, n), self._only_block
+        if self.is_one_block:
+            yield slice(0, len(self)), self._only_block
             return
-        for start in range(0, n, size):
-            yield slice(start, min(n, start + size)), self._block(start, min(n, start + size))
+        for start in range(0, len(self), self._block_rows):
+            stop = min(len(self), start + self._block_rows)
+            yield slice(start, stop), self._block(start, stop)
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether the whole matrix fits in a block."""
+        return len(self) <= self._block_rows
+
+    @property
+    def _block_rows(self) -> int:
+        return max(1, self.block_bytes // max(1, self.shape[1] * self.dtype.itemsize))
 
     @cached_property
     def _only_block(self) -> Tensor:
@@ -69,7 +78,7 @@ class Rows:
 
     def tensor(self) -> Tensor:
         """The whole matrix in memory, shape (n, d)."""
-        return torch.cat([block for _, block in self.blocks()])
+        return self._only_block if self.is_one_block else torch.cat([block for _, block in self.blocks()])
 
     @cached_property
     def square_norms(self) -> Tensor:
@@ -119,3 +128,27 @@ class _Columns:
 def square_norms(G: Tensor | Rows) -> Tensor:
     """||g_i||^2 of every row of G (n, d), shape (n,)."""
     return G.square_norms if isinstance(G, Rows) else torch.einsum("nd,nd->n", G, G)
+
+
+def gram(G: Tensor | Rows, parts: int = 8) -> Tensor:
+    """The lower triangle of K = G G^T, shape (n, n); what stands above the diagonal blocks is zero.
+
+    Half the work of the full product, and all that a Cholesky factorization reads.
+    """
+    if isinstance(G, Rows) and G.is_one_block:
+        G = G.tensor()
+    size = math.ceil(len(G) / parts)
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        if isinstance(G, Rows):
+            yield from G.blocks()
+        else:
+            yield from ((slice(start, start + size), G[start : start + size]) for start in range(0, len(G), size))
+
+    K = torch.zeros(len(G), len(G), device=G.device, dtype=G.dtype)
+    for rows, block in blocks():
+        for columns, other in blocks():
+            K[rows, columns] = block @ other.T
+            if columns == rows:
+                break
+    return K

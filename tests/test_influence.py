@@ -7,7 +7,7 @@ import torch
 
 import datainf
 from datainf.influence import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled
-from datainf.rows import Rows
+from datainf.rows import Rows, gram
 
 WIDE, TALL = (9, 40), (60, 12)  # (n, d): d > n takes exact's dual system, d <= n its primal one
 
@@ -185,6 +185,8 @@ def test_rows_product_shapes():
     torch.testing.assert_close(gradients(3, 7, seed=1) @ rows, gradients(3, 7, seed=1) @ G)
     torch.testing.assert_close(rows @ rows.T, G @ G.T)
     torch.testing.assert_close(rows.T @ rows, G.T @ G)
+    for matrix in (G, rows):
+        torch.testing.assert_close(gram(matrix).tril(), (G @ G.T).tril())
     torch.testing.assert_close(rows @ gradients(3, 5, seed=1).T, G @ gradients(3, 5, seed=1).T)
 
 

@@ -1,0 +1,288 @@
+"""Three ratios of computing time, measured in one run on one machine: see ``benchmarks/README.md``.
+
+python -m benchmarks.benchmark                                    # all three, several minutes
+python -m benchmarks.benchmark --only exact --n 250 --d 1024      # one, in small
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import trange
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from datainf import per_sample_gradients, reference_gradients
+from datainf.influence import datainf, exact, layer_damping
+from datainf.lora import attach_adapter
+from datainf.losses import classification
+from datainf.provenance import provenance
+
+QUERIES, LAYERS, BATCH_SIZE, VOCABULARY, PAD = 100, 4, 32, 30522, 1
+LOOPED_QUERIES, LOOPED_TEXTS = 10, 64  # the slow loops do this many, and their time is scaled up
+TOLERANCE = 1e-3  # the largest relative difference, ||a - b|| / ||b||, between two float32 ways to one result
+HUNDRED_TIMES_FASTER, GRADIENTS_LIMIT = 1 / 100, 1.15  # the largest ratio_to_baseline allowed
+
+Row = dict[str, object]
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    before = time.perf_counter()
+    function()
+    return time.perf_counter() - before
+
+
+def take_turns(repeats: int, **functions: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of every function, called in turn (A B A B ...), so that a noisy machine is as noisy for each."""
+    seconds = {name: [] for name in functions}
+    for _ in trange(repeats, unit="round", leave=False):
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function))
+    return seconds
+
+
+def row(
+    variant: str,
+    computes: str,
+    seconds: Sequence[float],
+    baseline: Sequence[float],
+    limit: float = float("nan"),
+    note: str = "",
+) -> Row:
+    """One row of the record; its ratio is the median, over rounds, of its seconds over the baseline's."""
+    return {
+        "variant": variant,
+        "computes": computes,
+        "repeats": len(seconds),
+        "seconds_median": median(seconds),
+        "seconds_min": min(seconds),
+        "ratio_to_baseline": median(own / other for own, other in zip(seconds, cycle(baseline), strict=False)),
+        "limit": limit,
+        "note": note,
+    }
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def check_close(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """Refuse to compare the speed of two computations that differ in their result."""
+    if not (difference := relative_difference(ours, theirs)) <= TOLERANCE:
+        raise SystemExit(f"{what}: the results differ by {difference:.1e}, more than the tolerance of {TOLERANCE:g}.")
+
+
+# --- 1. The exact method against a general eigendecomposition -------------------------------------------------------
+
+
+def decompose(G: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of H = G^T G / n + lam I, taken for a general matrix."""
+    return torch.linalg.eig(G.T @ G / len(G) + lam * torch.eye(G.shape[1]))
+
+
+def ihvp_of_eigenpairs(values: Tensor, vectors: Tensor, V: Tensor) -> Tensor:
+    """V Q diag(1 / w) Q^T, with the real parts of w and Q, and Q taken for orthogonal."""
+    return (V @ vectors.real / values.real) @ vectors.real.T
+
+
+def residual(G: Tensor, V: Tensor, lam: float, R: Tensor) -> float:
+    """||R H - V|| / ||V|| in float64: how far R is from solving its system."""
+    G, V, R = G.double(), V.double(), R.double()
+    return relative_difference((R @ G.T) @ G / len(G) + lam * R, V)
+
+
+def benchmark_exact(n: int, d: int, repeats: int) -> list[Row]:
+    """`exact` for one query and for many, against torch.linalg.eig, which is run once.
+
+    The results are compared on a layer of n / 4 parameters. With more parameters than examples H has one eigenvalue
+    many times over; a general decomposition's eigenvectors are then not orthogonal, and its ihvp is not H^-1 v. The
+    residuals at full size are in the record.
+    """
+    G, V = torch.randn(n, d), torch.randn(QUERIES, d)
+    lam = layer_damping(G)
+    narrow = slice(max(1, min(d, n // 4)))
+    by_eig = ihvp_of_eigenpairs(*decompose(G[:, narrow], lam), V[:, narrow])
+    check_close("exact", exact(G[:, narrow], V[:, narrow], lam), by_eig)
+
+    print(f"exact: one eigendecomposition of a {d} x {d} matrix, up to minutes ...", flush=True)
+    before = time.perf_counter()
+    eigenpairs = decompose(G, lam)
+    decomposing = time.perf_counter() - before
+
+    rows = []
+    for v in (V[:1], V):
+        computes = f"ihvp, queries: {len(v)}, n = {n}, d_l = {d}"
+        theirs = [decomposing + seconds_of(lambda v=v: ihvp_of_eigenpairs(*eigenpairs, v))]
+        ours = take_turns(repeats, exact=lambda v=v: exact(G, v, lam))["exact"]
+        their_note, our_note = (
+            f"relative residual {residual(G, v, lam, R):.1e}"
+            for R in (ihvp_of_eigenpairs(*eigenpairs, v), exact(G, v, lam))
+        )
+        rows.append(row("torch.linalg.eig", computes, theirs, theirs, note=their_note))
+        rows.append(row("exact", computes, ours, theirs, HUNDRED_TIMES_FASTER, our_note))
+    return rows
+
+
+# --- 2. DataInf against a loop over examples ------------------------------------------------------------------------
+
+
+def loop_over_examples(G: Tensor, v: Tensor, lam: float) -> Tensor:
+    """The paper's Algorithm 1 for one query and one layer, one training example at a time: r of shape (d,)."""
+    r = torch.zeros_like(v)
+    for g in G:
+        c = (g @ v) / (lam + g @ g)
+        r += (v - c * g) / (len(G) * lam)
+    return r
+
+
+def benchmark_datainf(n: int, d: int, repeats: int) -> list[Row]:
+    """`datainf` for many queries and several layers, against a loop over queries, layers and examples."""
+    matrices = [(torch.randn(n, d), torch.randn(QUERIES, d)) for _ in range(LAYERS)]
+    layers = [(G, V, layer_damping(G)) for G, V in matrices]
+
+    def ours() -> list[Tensor]:
+        return [datainf(G, V, lam) for G, V, lam in layers]
+
+    def loop() -> list[Tensor]:
+        return [torch.stack([loop_over_examples(G, v, lam) for v in V[:LOOPED_QUERIES]]) for G, V, lam in layers]
+
+    for R, looped in zip(ours(), loop(), strict=True):
+        check_close("datainf", R[:LOOPED_QUERIES], looped)
+    seconds = take_turns(repeats, loop=loop, ours=ours)
+    scale = QUERIES / LOOPED_QUERIES
+    theirs = [scale * value for value in seconds["loop"]]
+    computes = f"ihvp, queries: {QUERIES}, layers: {LAYERS}, n = {n}, d_l = {d}"
+    note = f"{scale:g} x the seconds of {LOOPED_QUERIES} queries"
+    return [
+        row("loop over examples", computes, theirs, theirs, note=note),
+        row("datainf", computes, seconds["ours"], theirs, limit=HUNDRED_TIMES_FASTER),
+    ]
+
+
+# --- 3. Per-sample gradients against a training step's forward and backward -----------------------------------------
+
+
+def random_roberta() -> nn.Module:
+    """A small RoBERTa with random weights and a random LoRA adapter, in eval mode, so that dropout is off."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+    config = RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=128, pad_token_id=PAD, **sizes)
+    model = attach_adapter(RobertaForSequenceClassification(config), rank=4, targets=("value",))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, which leaves lora_A without a gradient
+            nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def random_texts(count: int) -> list[dict]:
+    """Random tokens, 10 to 60 of them, with a label."""
+    lengths = torch.randint(10, 61, (count,)).tolist()
+    return [{"input_ids": torch.randint(5, VOCABULARY, (k,)), "labels": i % 2} for i, k in enumerate(lengths)]
+
+
+def collate(examples: Sequence[dict]) -> dict[str, Tensor]:
+    """Pad to the longest of the batch."""
+    tokens = pad_sequence([example["input_ids"] for example in examples], batch_first=True, padding_value=PAD)
+    labels = torch.tensor([example["labels"] for example in examples])
+    return {"input_ids": tokens, "attention_mask": (tokens != PAD).long(), "labels": labels}
+
+
+def training_passes(model: nn.Module, texts: Sequence[dict]) -> None:
+    """Forward and backward of one epoch without an optimizer, in the batches that `per_sample_gradients` makes."""
+    longest_first = sorted(texts, key=lambda text: -len(text["input_ids"]))
+    for start in range(0, len(texts), BATCH_SIZE):
+        model.zero_grad(set_to_none=True)
+        classification(model, collate(longest_first[start : start + BATCH_SIZE])).mean().backward()
+
+
+def benchmark_gradients(count: int, repeats: int) -> list[Row]:
+    """`per_sample_gradients` against plain forward and backward; collating is timed in every variant."""
+    model, texts = random_roberta(), random_texts(count)
+    few = texts[:LOOPED_TEXTS]
+
+    def ours(texts: Sequence[dict] = texts) -> Mapping[str, Tensor]:
+        return per_sample_gradients(model, texts, classification, collate_fn=collate, batch_size=BATCH_SIZE)
+
+    def one_by_one() -> Mapping[str, Tensor]:
+        return reference_gradients(model, few, classification, collate_fn=collate)
+
+    gradients, reference = ours(few), one_by_one()
+    for name in reference:
+        check_close(f"gradients of {name}", gradients[name], reference[name])
+    training_passes(model, few)  # warm, as the others are by now
+    seconds = take_turns(repeats, plain=lambda: training_passes(model, texts), ours=ours, one_by_one=one_by_one)
+
+    plain, scale = seconds["plain"], count / len(few)
+    looped = [scale * value for value in seconds["one_by_one"]]
+    texts_of = f"of {count} texts of 10-60 tokens, batch"
+    rows = [
+        row("forward and backward", f"mean gradients {texts_of} {BATCH_SIZE}", plain, plain),
+        row("per_sample_gradients", f"gradients {texts_of} {BATCH_SIZE}", seconds["ours"], plain, GRADIENTS_LIMIT),
+        row("one at a time", f"gradients {texts_of} 1", looped, plain, note=f", {scale:g} x {len(few)} texts"),
+    ]
+    return [{**row, "note": f"{count / row['seconds_median']:.0f} examples/s{row['note']}"} for row in rows]
+
+
+# --- The record and the command line --------------------------------------------------------------------------------
+
+
+def show(record: pd.DataFrame) -> None:
+    """Print every measured thing with its ratio and the limit that it is held against."""
+    table = record[["benchmark", "variant", "computes", "seconds_median"]].copy()
+    table["ratio"] = record["ratio_to_baseline"].map(_in_words)
+    held = zip(record["ratio_to_baseline"], record["limit"], strict=True)
+    table["limit"] = [f"{_in_words(b)}: {'met' if a <= b else 'NOT MET'}" if pd.notna(b) else "" for a, b in held]
+    table["note"] = record["note"]
+    print("\n" + table.to_string(index=False, float_format="{:.4f}".format))
+
+
+def _in_words(ratio: float) -> str:
+    return f"{1 / ratio:.4g}x faster" if ratio <= 0.5 else f"{ratio:.3f}x the time"
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}.")
+    return int(text)
+
+
+def main() -> None:
+    """Run the benchmarks asked for, print their ratios and write the record."""
+    parser = argparse.ArgumentParser(description="Measure three ratios of computing time, and hold them to limits.")
+    parser.add_argument("--only", choices=("gradients", "datainf", "exact"), help="run this one alone")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds of each measurement (5)")
+    parser.add_argument("--n", type=positive, default=1000, help="training examples in exact and datainf (1000)")
+    parser.add_argument("--d", type=positive, default=4096, help="parameters of a layer in exact and datainf (4096)")
+    parser.add_argument("--texts", type=positive, default=512, help="examples in gradients (512)")
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/benchmark.csv"), help="the record")
+    options = parser.parse_args()
+    if options.output.is_dir():
+        parser.error(f"argument --output: {options.output} is a folder, name a CSV file.")
+
+    torch.manual_seed(0)
+    benchmarks = {
+        "gradients": lambda: benchmark_gradients(options.texts, options.repeats),
+        "datainf": lambda: benchmark_datainf(options.n, options.d, options.repeats),
+        "exact": lambda: benchmark_exact(options.n, options.d, options.repeats),
+    }
+    rows = []
+    for name in [options.only] if options.only else benchmarks:
+        print(f"{name}: measuring with {torch.get_num_threads()} threads ...", flush=True)
+        rows += [{"benchmark": name, **measured} for measured in benchmarks[name]()]
+    record = pd.DataFrame(rows).assign(**provenance())
+    show(record)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    record.to_csv(options.output, index=False, float_format="%.6g")
+    print(f"\nwritten: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
