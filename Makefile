@@ -26,7 +26,7 @@ reproduce: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo "Running the tests."
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 lab: $(VENV)/installed
 	@echo "Opening JupyterLab on notebooks/; start with 10_approximation_error.ipynb."
@@ -44,9 +44,9 @@ clean:
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	@echo "Installing the pinned versions into $(VENV) (a few minutes, once)."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
-	    { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	    { echo "Python 3.11, 3.12 or 3.13 is needed: name one, as in make PYTHON=python3.11 reproduce" >&2; exit 1; }; \
+	    $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

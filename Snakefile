@@ -6,6 +6,7 @@ A run whose record exists is not done again, unless its parameters, the code cel
 numeric code changed; prose and layout may change freely.
 """
 
+import sys
 from pathlib import Path
 
 import papermill
@@ -14,6 +15,7 @@ import yaml
 from datainf.provenance import DRAWING, code_hash
 
 SCALE = config["scale"]
+PYTHON = sys.executable
 RESULTS = f"results/{SCALE}"
 EXPERIMENTS = {
     "approximation_error": "notebooks/10_approximation_error.ipynb",
@@ -43,9 +45,11 @@ for notebook in EXPERIMENTS.values():
 
 RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
 FINAL = RESULTS + "/tables/ours_beside_paper.md"
+# What the kernel prints goes to a file; of a failed run its end, which says what went wrong, is shown.
 PAPERMILL = """
-    mkdir -p $(dirname {log}) && OMP_NUM_THREADS={threads} papermill {params.notebook} {log} \
-        -y '{params.yaml}' --cwd . --no-progress-bar --log-level WARNING
+    mkdir -p $(dirname {log})
+    OMP_NUM_THREADS={threads} {PYTHON} -m papermill {params.notebook} {log} -y '{params.yaml}' --cwd . --no-progress-bar \
+        > {log}.txt 2>&1 || {{ tail -n 3 {log}.txt >&2; exit 1; }}
 """
 
 
@@ -77,8 +81,10 @@ localrules:
     figures,
 
 
+# The records too, not only what is drawn of them: figures and tables may be there, tracked, before any run is.
 rule all:
     input:
+        records(EXPERIMENTS),
         FINAL,
 
 

@@ -1,5 +1,6 @@
 """Parameters, records, metrics, tables and figures: the small parts around the experiments."""
 
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import datainf
-from datainf import metrics, parameters, plotting, provenance, results, tables
+from datainf import metrics, parameters, plotting, provenance, readme, results, tables
 from datainf.errors import InputError
 
 matplotlib.use("Agg")
@@ -209,3 +210,15 @@ def test_importing_the_package_is_enough():
     code = "import datainf; print(datainf.influence.__name__, datainf.GradientStore.__name__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["influence", "GradientStore"]
+
+
+def test_the_readme_shows_the_tracked_tables():
+    text = (provenance.ROOT / "README.md").read_text(encoding="utf8")
+    assert readme.SECTION.search(text)
+    assert readme.updated(text, provenance.ROOT / "results") == text
+
+
+def test_every_file_the_readme_names_is_there():
+    text = (provenance.ROOT / "README.md").read_text(encoding="utf8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert links and not [link for link in links if not (provenance.ROOT / link).exists()]
