@@ -107,7 +107,7 @@ def test_base_predicts_masked_words_of_unseen_rows(task, tokenizer):
         guesses = model(**batch).logits[masked].argmax(-1)
     truth = ids[masked]
     most_frequent = Counter(truth.tolist()).most_common(1)[0][1] / len(truth)
-    assert (guesses == truth).float().mean() > most_frequent + 0.1
+    assert (guesses == truth).float().mean() > 1.5 * most_frequent
 
 
 def test_train_base_writes_a_folder_that_loads(tmp_path):
