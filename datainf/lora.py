@@ -95,8 +95,7 @@ def fine_tune_classifier(
     """
     check_hyperparameters(rank=rank, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     folder = Path(folder)
-    set_seed(seed)
-    model, tokenizer = load_classifier(base)
+    model, tokenizer = load_classifier(base, seed=seed)
     train, validation = (tokenize(split, tokenizer, task.columns) for split in (task.train, task.validation))
     collate = DataCollatorWithPadding(tokenizer)
     revision = weights_revision(model)
@@ -129,7 +128,7 @@ def fine_tune_classifier(
             write_whole(folder / HISTORY, history.to_csv(index=False))
             shutil.rmtree(folder / CHECKPOINTS)
             # Not the model that was trained: the Trainer leaves its mixed precision wrapped around that one's forward.
-            model, _ = load_classifier(base)
+            model, _ = load_classifier(base, seed=seed)
         model = PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True)
         history = pd.read_csv(folder / HISTORY)
     if torch.cuda.is_available():
@@ -154,8 +153,11 @@ def check_hyperparameters(*, rank: int, epochs: int, batch_size: int, learning_r
         raise InputError(f"learning_rate must be positive, not {learning_rate!r}.")
 
 
-def load_classifier(base: str, num_labels: int = 2) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pretrained encoder with a fresh classification head, in float32, and its tokenizer."""
+def load_classifier(
+    base: str, num_labels: int = 2, *, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained encoder with a fresh classification head, drawn by `seed`, in float32, and its tokenizer."""
+    set_seed(seed)
     source = str(demo.BASES.get(base, base))
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise InputError(f"There is no folder {base}: give a model's folder, a hub id or {', '.join(demo.BASES)}.")

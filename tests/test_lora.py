@@ -37,6 +37,16 @@ def test_the_same_call_gives_the_same_model_and_loads_what_is_there(task, tmp_pa
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
+def test_gradients_of_a_model_just_trained_are_those_of_the_model_loaded(task, tmp_path):
+    """Two notebooks share a folder: the second finds the first one's gradients to be of the same model."""
+    stores = []
+    for _ in range(2):
+        tuned = lora.fine_tune_classifier("demo-roberta", task, **SMALL | {"epochs": 1}, seed=5, folder=tmp_path)
+        arguments = (tuned.model, tuned.train.select(range(6)), losses.classification)
+        stores.append(datainf.per_sample_gradients(*arguments, collate_fn=tuned.collate, store=tmp_path / "train"))
+    assert equal(*stores)
+
+
 def test_killed_and_called_again_it_ends_with_the_same_weights(task, tmp_path, monkeypatch):
     whole = lora.fine_tune_classifier("demo-roberta", task, **SMALL, folder=tmp_path / "whole")
 

@@ -123,7 +123,7 @@ def snakemake(*arguments, config="config/demo.yaml"):
 def test_the_sweep_plans_every_run_of_a_scale(scale):
     planned = snakemake("--forceall", config=f"config/{scale}.yaml")
     assert planned.returncode == 0, planned.stderr
-    runs = {"demo": 2 * 4 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
+    runs = {"demo": 2 * 3 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
     assert re.search(rf"^run\s+{2 * runs}$", planned.stdout + planned.stderr, re.MULTILINE)
 
 
