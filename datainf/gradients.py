@@ -21,8 +21,8 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from tqdm.auto import tqdm
 
+from datainf.progress import bar
 from datainf.store import SHARD_BYTES, GradientStore, Shards
 
 LossFn = Callable[[nn.Module, Mapping], Tensor]
@@ -83,7 +83,7 @@ def per_sample_gradients(
 
     with (
         _recording(model, modules) as differentiate,
-        tqdm(total=n, desc="per-sample gradients", unit="example", leave=False, delay=2) as progress,
+        bar(total=n, desc="per-sample gradients", unit="example") as progress,
     ):
         progress.update(n - sum(stop - start for start, stop in ranges))
         for start, stop in ranges:
@@ -297,7 +297,9 @@ def _identity(model: nn.Module, dataset: Sequence, loss_fn: LossFn) -> dict[str,
             weights.update(joblib.hash(parameter.detach().cpu().float().numpy()).encode())
         else:
             # The frozen base may be huge: its names, shapes and one sum per matrix tell two bases apart.
-            base.update(f"{name} {tuple(parameter.shape)} {parameter.detach().float().sum().item():.6e}".encode())
+            base.update(
+                f"{name} {tuple(parameter.shape)} {parameter.detach().sum(dtype=torch.float64).item():.6e}".encode()
+            )
     for index in range(len(dataset)):
         examples.update(joblib.hash(dataset[index]).encode())
     return {

@@ -26,8 +26,8 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from datainf import progress
 from datainf.errors import InputError
 from datainf.rows import BLOCK_BYTES, Rows, gram, square_norms
 
@@ -220,7 +220,7 @@ def self_influence(
     method = resolve_method(method, options)
     check_pair(train, train, damping)
     total = 0
-    for name in tqdm(train, desc="self-influence", unit="layer", delay=2, leave=False):
+    for name in progress.bar(train, desc="self-influence", unit="layer"):
         G = layer_rows(train, name, device, block_bytes)
         total = total - torch.cat([(apply_method(method, name, G, V, damping) * V).sum(dim=1) for _, V in G.blocks()])
     return total
@@ -230,7 +230,7 @@ def _layers(train, query, method, damping, device, block_bytes, options) -> Iter
     """Check the arguments of `influence`, then yield (layer name, G, R) one layer at a time."""
     method = resolve_method(method, options)
     check_pair(train, query, damping)
-    for name in tqdm(train, desc=_name_of(method), unit="layer", delay=2, leave=False):
+    for name in progress.bar(train, desc=_name_of(method), unit="layer"):
         G = layer_rows(train, name, device, block_bytes)
         V = layer_rows(query, name, G.device, block_bytes).tensor().to(G.dtype)
         check_finite("query", name, square_norms(V))

@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,7 +28,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from datainf import demo
+from datainf import demo, progress
 from datainf.data.glue import NoisyTask
 from datainf.errors import InputError
 from datainf.files import write_whole
@@ -222,7 +221,7 @@ class _Progress(TrainerCallback):
     """One bar over all steps; it begins where a checkpoint left off."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tuning", leave=False, delay=2)
+        self.bar = progress.bar(total=state.max_steps, initial=state.global_step, desc="fine-tuning")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)

@@ -108,8 +108,10 @@ def by_rank(runs: pd.DataFrame, metric: str, ylabel: str, title: str, *, referen
         axis.get_legend().remove()
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False)
-    seeds = runs["seed"].nunique()
-    figure.suptitle(f"{title}\nmean of {seeds} seed{'s' * (seeds > 1)}, bars: 95% confidence interval", fontsize=12)
+    seeds, sizes = runs["seed"].nunique(), sorted({runs["n_train"].min(), runs["n_train"].max()})
+    n = " to ".join(str(size) for size in sizes)
+    how = f"mean of {seeds} seed{'s' * (seeds > 1)}, n = {n} training examples; bars: 95% confidence interval"
+    figure.suptitle(f"{title}\n{how}", fontsize=12)
     return figure
 
 
