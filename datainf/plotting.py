@@ -21,6 +21,7 @@ METHOD_STYLE = {
     "exact": ("Exact", "#000000", "D"),
 }
 LABELS = {method: label for method, (label, _, _) in METHOD_STYLE.items()}
+GROUP_COLOURS = {"clean": "#0072B2", "mislabeled": "#D55E00"}
 STAGES = {"seconds_gradients": "gradients", "seconds_ihvp": "ihvp", "seconds_scores": "scores"}
 
 
@@ -67,6 +68,17 @@ def confidence_interval(values: pd.Series, level: float = 0.95) -> tuple[float, 
         return float("nan"), float("nan")
     half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
     return values.mean() - half, values.mean() + half
+
+
+def _grid_of(panels: Sequence, *, width: float, height: float, columns: int, **sharing) -> tuple[Figure, list]:
+    """A figure with one axis for each panel, at most so many side by side."""
+    columns = min(columns, len(panels))
+    rows = int(np.ceil(len(panels) / columns))
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    return figure, list(axes.flat[: len(panels)])
 
 
 @_shown_once
@@ -211,23 +223,17 @@ def against_exact(scores: pd.DataFrame, title: str) -> Figure:
     standard = scores.drop(columns="flipped", errors="ignore")
     standard = (standard - standard.mean()) / standard.std()
     flipped = scores.get("flipped", pd.Series(False, index=scores.index)).to_numpy()
-    columns = min(3, len(methods))
-    rows = int(np.ceil(len(methods) / columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.3 * columns, 3.2 * rows), sharex=True, squeeze=False, layout="constrained"
-    )
-    for axis, method in zip(axes.flat, methods, strict=False):
-        for group, colour, name in ((~flipped, "#0072B2", "clean"), (flipped, "#D55E00", "mislabeled")):
+    figure, axes = _grid_of(methods, width=3.3, height=3.2, columns=3, sharex=True)
+    for axis, method in zip(axes, methods, strict=True):
+        for (name, colour), group in zip(GROUP_COLOURS.items(), (~flipped, flipped), strict=True):
             axis.scatter(standard["exact"][group], standard[method][group], s=9, alpha=0.6, color=colour, label=name)
         r = standard[method].corr(standard["exact"])
         axis.set(title=f"{label(method)}  (r = {r:.2f})")
         axis.axline((0, 0), slope=1, color="0.5", linewidth=1, linestyle=":")
-    for axis in axes.flat[len(methods) :]:
-        axis.remove()
     figure.supxlabel("exact score (standardized)", fontsize=11)
     figure.supylabel("score of the method (standardized)", fontsize=11)
     if flipped.any():
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -239,16 +245,15 @@ def score_distributions(scores: pd.DataFrame, title: str) -> Figure:
     `scores` has a column per method and the bool column "flipped"; positive scores are harmful.
     """
     methods = [method for method in METHOD_STYLE if method in scores]
-    figure, axes = plt.subplots(1, len(methods), figsize=(2.5 * len(methods), 3.4), squeeze=False, layout="constrained")
+    figure, axes = _grid_of(methods, width=2.6, height=2.8, columns=4, sharey=True)
     names = scores["flipped"].map({False: "clean", True: "mislabeled"})
-    for axis, method in zip(axes[0], methods, strict=True):
-        shown = scores[method] / scores[method].abs().max()
+    for axis, method in zip(axes, methods, strict=True):
         sns.stripplot(
             x=names,
-            y=shown,
+            y=scores[method] / scores[method].abs().max(),
             hue=names,
-            order=["clean", "mislabeled"],
-            palette={"clean": "#0072B2", "mislabeled": "#D55E00"},
+            order=list(GROUP_COLOURS),
+            palette=GROUP_COLOURS,
             size=2.5,
             alpha=0.6,
             jitter=0.3,
@@ -257,7 +262,7 @@ def score_distributions(scores: pd.DataFrame, title: str) -> Figure:
         )
         axis.axhline(0, color="0.3", linewidth=1)
         axis.set(title=label(method), xlabel="", ylabel="")
-    axes[0, 0].set_ylabel("score / largest |score|\n(> 0: harmful)")
+    figure.supylabel("score / largest |score|  (> 0: harmful)", fontsize=11)
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -266,6 +271,8 @@ def score_distributions(scores: pd.DataFrame, title: str) -> Figure:
 def fine_tuning_curve(history: pd.DataFrame, majority: float) -> Figure:
     """Training loss and validation accuracy by epoch, against always answering the majority class."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     left.plot(history["epoch"], history["loss"], marker="o", color="#0072B2")
     left.set(xlabel="epoch", ylabel="mean training loss, nats", title="Training loss (noisy labels)")
     right.plot(history["epoch"], history["accuracy"], marker="o", color="#0072B2")

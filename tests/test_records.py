@@ -194,7 +194,7 @@ def test_figures_are_drawn():
         figure.canvas.draw()
         assert figure.get_suptitle() or all(axis.get_title() for axis in figure.axes)
         labels = [axis.get_xlabel() + axis.get_ylabel() for axis in figure.axes]
-        assert all(labels) or figure.get_supxlabel() or labels[0]
+        assert all(labels) or figure.get_supylabel() or labels[0]
     assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {
         "Hessian-free", "LiSSA", "LiSSA, scaled", "DataInf", "Exact",
     }  # fmt: skip
