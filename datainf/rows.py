@@ -127,7 +127,7 @@ class _Columns:
 
 def square_norms(G: Tensor | Rows) -> Tensor:
     """||g_i||^2 of every row of G (n, d), shape (n,)."""
-    return G.square_norms if isinstance(G, Rows) else torch.einsum("nd,nd->n", G, G)
+    return G.square_norms if isinstance(G, Rows) else torch.linalg.vector_norm(G, dim=1).square()
 
 
 def gram(G: Tensor | Rows, parts: int = 8) -> Tensor:
