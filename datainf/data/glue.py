@@ -1,7 +1,6 @@
 """Binary GLUE tasks with label noise (paper sections 4.1 and 4.2, D.1)."""
 
 import csv
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from datasets import Dataset
 from pandas.io.formats.style import Styler
 
 from datainf import demo
+from datainf.data import revision_of
 from datainf.errors import InputError
 
 HUB_DATASET = "nyu-mll/glue"
@@ -92,7 +92,7 @@ def load(
     sizes = PAPER_SIZES.get(name, (None, None))
     n_train, n_validation = n_train or sizes[0], n_validation or sizes[1]
     train, validation, columns = _read(dataset)
-    revision = _revision(train, validation)
+    revision = revision_of(train, validation)
 
     rng = np.random.default_rng(seed)
     train = _draw(_checked(train, columns, f"{dataset}, training"), n_train, rng)
@@ -161,14 +161,6 @@ def _checked(split: Dataset, columns: tuple[str, ...], what: str) -> Dataset:
     if len(labels) < 2:
         raise InputError(f"{what}: all labels are of one class, so there is nothing to learn; two are needed.")
     return split.select_columns([*columns, "label"])
-
-
-def _revision(*splits: Dataset) -> str:
-    """A hash of the splits' rows, which tells two versions of a dataset apart wherever they came from."""
-    digest = hashlib.sha256()
-    for split in splits:
-        digest.update(pd.util.hash_pandas_object(split.to_pandas(), index=False).to_numpy().tobytes())
-    return f"sha256:{digest.hexdigest()[:12]}"
 
 
 def _draw(split: Dataset, size: int | None, rng: np.random.Generator) -> Dataset:

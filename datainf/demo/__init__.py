@@ -1,13 +1,16 @@
-"""What the demo scale needs, built in: two generated tasks and a small RoBERTa base."""
+"""What the demo scale needs, built in: generated classification tasks, a small RoBERTa and a small Llama."""
 
 from pathlib import Path
 
 from datainf.demo.tasks import TASKS, generate
 
 BASE = Path(__file__).with_name("base")
-"""Folder of the pre-trained base, in the hub's format."""
+"""Folder of the pre-trained RoBERTa, in the hub's format."""
 
-__all__ = ["BASE", "TASKS", "generate"]
+LLAMA = Path(__file__).with_name("llama")
+"""Folder of the pre-trained Llama, in the hub's format."""
 
-BASES: dict[str, Path] = {"demo-roberta": BASE}
+__all__ = ["BASE", "LLAMA", "TASKS", "generate"]
+
+BASES: dict[str, Path] = {"demo-roberta": BASE, "demo-llama": LLAMA}
 """Built-in bases by the name that stands for a model in notebooks and configuration files."""
