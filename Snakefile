@@ -17,31 +17,42 @@ from datainf.provenance import DRAWING, code_hash
 SCALE = config["scale"]
 PYTHON = sys.executable
 RESULTS = f"results/{SCALE}"
+# Experiment -> its notebook and the section of the configuration that has its parameters and its grid.
 EXPERIMENTS = {
-    "approximation_error": "notebooks/10_approximation_error.ipynb",
-    "mislabeled_detection": "notebooks/20_mislabeled_detection.ipynb",
+    "approximation_error": ("notebooks/10_approximation_error.ipynb", "classification"),
+    "mislabeled_detection": ("notebooks/20_mislabeled_detection.ipynb", "classification"),
+    "text_identification": ("notebooks/30_text_identification.ipynb", "text"),
 }
+# What a section calls its datasets, which records call dataset.
+DATASET = {"classification": "dataset", "text": "task"}
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
-GRID = config["grid"]
-PARAMETERS = dict(config["parameters"])
-BY_DATASET = config.get("by_dataset", {})  # parameters that one dataset has otherwise
-if config.get("model"):  # a folder in place of the hub's base
-    PARAMETERS["model"] = config["model"]
+
+
+def notebook(experiment):
+    return EXPERIMENTS[experiment][0]
+
+
+def section(experiment):
+    """parameters, grid and by_dataset (parameters that one dataset has otherwise) of an experiment."""
+    return {"by_dataset": {}} | config[EXPERIMENTS[experiment][1]]
 
 
 def run_parameters(wildcards):
-    """The parameters of one run; a dataset is looked for in the folder config["data"], where one is given."""
-    data = config.get("data")
-    dataset = str(Path(data) / wildcards.dataset) if data else wildcards.dataset
-    own = BY_DATASET.get(wildcards.dataset, {})
-    return PARAMETERS | own | {"dataset": dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
+    """The parameters of one run; a dataset is looked for in the section's folder `data`, where one is given."""
+    own, name = section(wildcards.experiment), DATASET[EXPERIMENTS[wildcards.experiment][1]]
+    dataset = str(Path(own["data"]) / wildcards.dataset) if own.get("data") else wildcards.dataset
+    one = {name: dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
+    return own["parameters"] | own["by_dataset"].get(wildcards.dataset, {}) | one
 
 
 # papermill lets unknown parameters through with a warning: compare the names before anything runs.
-for notebook in EXPERIMENTS.values():
-    given = set().union(PARAMETERS, GRID, *BY_DATASET.values())
-    if unknown := given - papermill.inspect_notebook(notebook).keys():
-        raise WorkflowError(f"{notebook} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets.")
+for experiment in EXPERIMENTS:
+    own = section(experiment)
+    given = set().union(own["parameters"], own["grid"], *own["by_dataset"].values())
+    if unknown := given - papermill.inspect_notebook(notebook(experiment)).keys():
+        raise WorkflowError(
+            f"{notebook(experiment)} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets."
+        )
 
 RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
 FINAL = RESULTS + "/tables/ours_beside_paper.md"
@@ -58,9 +69,20 @@ def one_line(parameters):
     return yaml.safe_dump(parameters, default_flow_style=True, width=10**6).strip()
 
 
-def records(experiment):
-    """The records of all runs of an experiment."""
-    return expand(RECORD, experiment=experiment, **GRID)
+def records(experiments):
+    """The records of all runs of these experiments."""
+    return [
+        record
+        for experiment in experiments
+        for grid in [section(experiment)["grid"]]
+        for record in expand(
+            RECORD,
+            experiment=experiment,
+            dataset=grid[DATASET[EXPERIMENTS[experiment][1]]],
+            rank=grid["rank"],
+            seed=grid["seed"],
+        )
+    ]
 
 
 def earlier(wildcards):
@@ -90,15 +112,15 @@ rule all:
 
 rule run:
     input:
-        ancient(lambda wildcards: EXPERIMENTS[wildcards.experiment]),
+        ancient(lambda wildcards: notebook(wildcards.experiment)),
         ancient(earlier),
     output:
         RECORD,
     log:
         notebook=RESULTS + "/logs/{experiment}-{dataset}-r{rank}-s{seed}.ipynb",
     params:
-        notebook=lambda wildcards: EXPERIMENTS[wildcards.experiment],
-        code=lambda wildcards: code_hash(EXPERIMENTS[wildcards.experiment]),
+        notebook=lambda wildcards: notebook(wildcards.experiment),
+        code=lambda wildcards: code_hash(notebook(wildcards.experiment)),
         yaml=lambda wildcards, output: one_line(run_parameters(wildcards) | {"output": output[0]}),
     shell:
         PAPERMILL

@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -306,5 +307,13 @@ def _identity(model: nn.Module, dataset: Sequence, loss_fn: LossFn) -> dict[str,
         "weights": weights.hexdigest()[:16],
         "base": base.hexdigest()[:16],
         "examples": examples.hexdigest()[:16],
-        "loss": getattr(loss_fn, "__qualname__", repr(loss_fn)),
+        "loss": _name_of(loss_fn),
     }
+
+
+def _name_of(function: Callable) -> str:
+    """A function's name, with the arguments that functools.partial has bound to it."""
+    if isinstance(function, partial):
+        bound = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in sorted(function.keywords.items()))]
+        return f"{_name_of(function.func)}({', '.join(bound)})"
+    return getattr(function, "__qualname__", repr(function))

@@ -1,9 +1,13 @@
-"""How good are scores: at ranking mislabeled examples first, and at agreeing with the exact influence."""
+"""How good are scores: at ranking mislabeled examples first, at agreeing with the exact influence, and at finding the
+training examples of a query's own class."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from scipy import stats
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
 
 
@@ -46,3 +50,53 @@ def curves_from(records: pd.DataFrame) -> pd.DataFrame:
     columns = {name: int(name.removeprefix("found_")) / 100 for name in records if name.startswith("found_")}
     curves = records.melt(["dataset", "method", "rank", "seed"], list(columns), "inspected", "found")
     return curves.assign(inspected=curves["inspected"].map(columns)).dropna(subset="found")
+
+
+def class_detection(
+    scores: Float[np.ndarray, "m n"], train_classes: Sequence[str], query_classes: Sequence[str]
+) -> pd.DataFrame:
+    """Does each query rank the training examples of its own class first (paper section 4.3)?
+
+    Args:
+        scores: larger for the training examples that should come first: the absolute influence scores, as in the
+            paper's text, or the negated ones (most helpful first), as in its published notebooks.
+
+    Returns:
+        One row per query. ``auc``: area under the ROC curve of "same class" against the score, 0.5 being chance.
+        ``recall``: the share of its class among the top s training examples, s being the size of that class. Both
+        NaN where a score is not a number.
+    """
+    train_classes = np.asarray(train_classes)
+    rows = []
+    for row, query_class in zip(scores, query_classes, strict=True):
+        same = train_classes == query_class
+        if np.isfinite(row).all():
+            top = np.argsort(-row, kind="stable")[: same.sum()]
+            rows.append((roc_auc_score(same, row), same[top].mean()))
+        else:
+            rows.append((np.nan, np.nan))
+    return pd.DataFrame(rows, columns=["auc", "recall"])
+
+
+def mean_and_error(values: pd.DataFrame) -> dict[str, float]:
+    """The mean of every column over the queries and, under the name with ``_se``, its standard error."""
+    return {**values.mean(), **values.sem().add_suffix("_se")}
+
+
+def class_shares(
+    scores: Float[np.ndarray, "m n"], train_classes: Sequence[str], query_classes: Sequence[str], order: Sequence[str]
+) -> pd.DataFrame:
+    """How a query class's influence is spread over the training classes: a row per query class, summing to 1.
+
+    A cell is the mean |score| of the training examples of one class for the queries of another, over the sum of its
+    row; with k classes 1 / k is an even spread. Rows and columns are in the given order of the classes.
+    """
+    pairs = pd.DataFrame(np.abs(scores), index=list(query_classes), columns=list(train_classes))
+    means = pairs.groupby(level=0).mean().T.groupby(level=0).mean().T.loc[list(order), list(order)]
+    return means.div(means.sum(axis=1), axis=0)
+
+
+def prompt_similarity(train_prompts: Sequence[str], query_prompts: Sequence[str]) -> Float[np.ndarray, "m n"]:
+    """Cosine similarity of the prompts' TF-IDF word counts: what reading the templates alone achieves."""
+    vectorizer = TfidfVectorizer(token_pattern=r"\S+").fit(train_prompts)
+    return (vectorizer.transform(query_prompts) @ vectorizer.transform(train_prompts).T).toarray()

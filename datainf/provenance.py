@@ -54,7 +54,7 @@ def weights_revision(model: nn.Module) -> str:
 
 
 # The modules that fine-tuned models and gradients depend on; all that a run's numbers depend on; those that draw.
-FINE_TUNING = ("gradients", "store", "losses", "lora", "data", "demo")
+FINE_TUNING = ("gradients", "store", "losses", "lora", "classifier", "causal_lm", "data", "demo")
 NUMERIC = (*FINE_TUNING, "rows", "influence", "metrics")
 DRAWING = ("metrics", "plotting", "results", "tables")
 

@@ -21,7 +21,7 @@ from datainf.errors import InputError
 from datainf.files import write_whole
 from datainf.provenance import FINE_TUNING, code_hash, provenance
 
-# What identifies a run, in the order of the columns; metrics follow, then provenance.
+# What every record says of its run, in the order of the columns; more that identifies it, and metrics, follow.
 RUN_COLUMNS = [
     "experiment",
     "model",
@@ -29,16 +29,13 @@ RUN_COLUMNS = [
     "rank",
     "seed",
     "method",
-    "noise",
     "n_train",
-    "n_validation",
     "epochs",
     "learning_rate",
     "batch_size",
     "damping",
     "layers",
     "accuracy",
-    "majority",
 ]
 
 
@@ -103,7 +100,7 @@ def run_folder(cache: str | Path, **key) -> Path:
     Its name reads as the key's short values and ends in a hash of the whole key, of the code that fine-tunes and
     takes gradients, and of the versions of the libraries that do.
     """
-    readable = [Path(str(key[name])).name for name in ("model", "dataset") if name in key]
+    readable = [Path(str(key[name])).name for name in ("model", "dataset", "task") if name in key]
     readable += [f"{name[0]}{key[name]}" for name in ("rank", "seed") if name in key]
     libraries = {name: value for name, value in provenance().items() if name in ("torch", "transformers", "peft")}
     digest = joblib.hash(
@@ -144,26 +141,13 @@ def paper_reported(folder: str | Path) -> pd.DataFrame:
     return pd.read_csv(Path(folder) / "paper_reported.csv")
 
 
-# The parameters of a run that decide its fine-tuned model and gradients; the others concern what is done with them.
-SHARED = [
-    "model",
-    "dataset",
-    "rank",
-    "seed",
-    "noise",
-    "n_train",
-    "n_validation",
-    "epochs",
-    "learning_rate",
-    "batch_size",
-    "bf16",
-    "layers",
-]
+# The parameters of a run that concern what is done with its fine-tuned model, not what it is.
+AFTERWARDS = {"methods", "loss", "other_losses", "damping", "cache", "output"}
 
 
 def fine_tuning_key(run: Mapping[str, object]) -> dict[str, object]:
-    """The part of a run's parameters that its fine-tuned model and gradients depend on, for `run_folder`."""
-    return {name: run[name] for name in SHARED}
+    """The part of a run's parameters that its fine-tuned model depends on, for `run_folder`."""
+    return {name: value for name, value in run.items() if name not in AFTERWARDS}
 
 
 def cost_columns(**stages: Stage) -> dict[str, float]:
@@ -172,22 +156,23 @@ def cost_columns(**stages: Stage) -> dict[str, float]:
 
 
 def run_facts(run: Mapping[str, object], experiment: str, *, task, tuned, n_layers: int, **more) -> dict[str, object]:
-    """What a record says about its run: parameters as they were used, the data and the model's success.
+    """What a record says about its run: parameters as they were used, the data and the base.
 
     Folders and hub ids are given by their last part, so that a record names no one's disk.
     """
-    known = {name: run[name] for name in [*SHARED, "damping"]}
+    left_out = AFTERWARDS - {"damping"} | {"task"}  # which is the column dataset
+    known = {name: value for name, value in run.items() if name not in left_out}
+    lists = {name: "+".join(value) for name, value in known.items() if isinstance(value, list)}
+    folders = {name: Path(known[name]).name for name in ("model", "adapter") if name in known}
     return {
         **known,
+        **lists,
+        **folders,
         "experiment": experiment,
-        "model": Path(run["model"]).name,
         "dataset": task.name,
-        "n_train": len(task.train),
-        "n_validation": len(task.validation),
+        "n_train": len(tuned.train),
         "layers": run["layers"] or "all",
         "n_layers": n_layers,
-        "accuracy": tuned.accuracy,
-        "majority": task.majority,
         "model_revision": tuned.revision,
         "data_revision": task.revision,
         **more,

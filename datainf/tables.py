@@ -1,8 +1,11 @@
 """The study's tables: what the paper reports beside what was measured here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from pandas.io.formats.style import Styler
 
 from datainf.plotting import confidence_interval, label
 
@@ -35,11 +38,63 @@ def fine_tuned(runs: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns={"beats_majority": "runs above majority"}).round(2)
 
 
-def ours_beside_paper(errors: pd.DataFrame, detection: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+def mean_and_error(values: pd.Series) -> str:
+    """A mean and its standard error over runs, such as "0.967 ± 0.001"."""
+    return f"{values.mean():.3f}" + (f" ± {values.sem():.3f}" if len(values) > 1 else "")
+
+
+def class_detection(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Table 2: class-detection AUC and recall by task and method, ours beside the paper's.
+
+    Ours are means and standard errors over seeds; the paper's are over the test examples of one run. Columns ending
+    in "signed" rank by helpfulness (the negated score) instead of |score|.
+
+    Args:
+        identification: records of the identification runs, of one loss.
+    """
+    ours = identification.groupby(["dataset", "method"], sort=False)[
+        ["auc", "recall", "auc_signed", "recall_signed"]
+    ].agg(mean_and_error)
+    cells = reported.query("item == 'Table 2'").set_index(["dataset", "method", "metric"])["value"].unstack()
+    paper = pd.DataFrame(
+        {
+            f"{name} (paper)": cells[name].map("{:.3f}".format) + cells[f"{name}_se"].map(" ± {:.3f}".format)
+            for name in ("auc", "recall")
+        }
+    )
+    table = ours.join(paper).fillna("")[
+        ["auc", "auc (paper)", "recall", "recall (paper)", "auc_signed", "recall_signed"]
+    ]
+    return table.rename(columns=lambda name: name.replace("auc", "AUC").replace("_", ", ")).rename(
+        label, level="method"
+    )
+
+
+def accuracy_gained(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Table 4: accuracy of the base and of the fine-tuned model by task, ours (mean over seeds) beside the paper's."""
+    models = identification.drop_duplicates(["dataset", "rank", "seed"])
+    paper = reported.query("item == 'Table 4'").pivot_table("value", "dataset", "method")
+    table = models.groupby("dataset", sort=False).agg(
+        model=("model", "first"),
+        n=("n_train", "max"),
+        seeds=("seed", "nunique"),
+        base=("accuracy_base", "mean"),
+        fine_tuned=("accuracy", mean_and_interval),
+    )
+    table["base"] = table["base"].map("{:.2f}".format)
+    for name in ("base", "fine_tuned"):
+        table[f"{name} (paper)"] = paper[name].map("{:.2f}".format)
+    return table.fillna("").rename(columns=lambda name: name.replace("_", "-"))
+
+
+def ours_beside_paper(
+    errors: pd.DataFrame, detection: pd.DataFrame, identification: pd.DataFrame, reported: pd.DataFrame
+) -> pd.DataFrame:
     """The paper's numbers and claims, one a row, with what the records of this scale say.
 
     Args:
-        errors, detection: records of the approximation-error and the mislabeled-detection runs.
+        errors, detection, identification: records of the approximation-error, the mislabeled-detection and the
+            identification runs.
         reported: `results.paper_reported`.
 
     Returns:
@@ -104,7 +159,68 @@ def ours_beside_paper(errors: pd.DataFrame, detection: pd.DataFrame, reported: p
             for method in ("lissa", "exact")
         ),
     ]
+    rows += _identification_rows(identification, paper)
     return pd.DataFrame(rows, columns=["item", "claim", "paper", "ours"])
+
+
+def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list[tuple[str, str, str, str]]:
+    """The rows of `ours_beside_paper` on class detection, by |score|, one mean over seeds for each task."""
+    means = identification.pivot_table(
+        ["auc", "auc_prompt_class", "auc_response_class"], ["dataset", "rank"], ["loss", "method"], sort=False
+    )
+    auc = means["auc"]["completion"]
+    accuracy = identification.groupby(["dataset", "rank"], sort=False)[["accuracy_base", "accuracy"]].mean()
+    tasks = [(task, 8) for task in auc.index.get_level_values("dataset") if ("Table 2", task) in paper.index]
+    rows = [
+        (
+            "Table 2",
+            f"class-detection AUC of {label(method)}",
+            ", ".join(f"{paper['Table 2', task, rank, method, 'auc']:.2f}" for task, rank in tasks),
+            _per_dataset(auc[method]),
+        )
+        for method in ("hessian_free", "datainf")
+    ]
+    rows += [
+        (
+            "Table 2",
+            "DataInf finds the class better than Hessian-free (AUC)",
+            "always",
+            _count(auc, "datainf", "hessian_free") + " tasks",
+        ),
+        *(
+            ("not in the paper", f"class-detection AUC of {label(method)}", "", _per_dataset(auc[method]))
+            for method in ("lissa", "lissa_scaled", "exact", "prompt_similarity")
+            if method in auc
+        ),
+    ]
+    if "as_published" in means["auc"]:
+        published = means["auc"]["as_published"]["datainf"]
+        rows.append(
+            (
+                "not in the paper",
+                "AUC of DataInf, gradients of the prompt alone (published code)",
+                "",
+                _per_dataset(published),
+            )
+        )
+    rows += [
+        (
+            "not in the paper",
+            f"AUC of DataInf towards the class of the {part}, responses exchanged",
+            "",
+            _per_dataset(means[f"auc_{part}_class"]["completion"]["datainf"]),
+        )
+        for part in ("prompt", "response")
+    ]
+    return rows + [
+        (
+            "Table 4",
+            f"accuracy of the {name} model",
+            ", ".join(f"{paper['Table 4', task, rank, method, 'accuracy']:.2f}" for task, rank in tasks),
+            _per_dataset(accuracy[column]),
+        )
+        for name, method, column in (("base", "base", "accuracy_base"), ("fine-tuned", "fine_tuned", "accuracy"))
+    ]
 
 
 def _cells(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -127,6 +243,25 @@ def _falls_with_rank(correlation: pd.Series) -> str:
 
 def _per_dataset(values: pd.Series) -> str:
     return ", ".join(f"{value:.2f} ({dataset})" for (dataset, _), value in values.items())
+
+
+def influential(train: pd.DataFrame, query: Mapping[str, str], scores: Float[np.ndarray, " n"], k: int = 2) -> Styler:
+    """A query with its most and least influential training examples, to be read (the paper's Figure 3).
+
+    Args:
+        train: columns class, prompt and response, a row per training example; `query` has the same names.
+        scores: of the training examples for this query. Most influential are the largest |scores|, least influential
+            the smallest; scores are shown as shares of the largest.
+    """
+    order = np.argsort(-np.abs(scores), kind="stable")
+    columns = ["class", "prompt", "response"]
+    rows = [{"": "test example", "score": "", **{name: query[name] for name in columns}}]
+    for role, places in (("most influential", order[:k]), ("least influential", order[-k:][::-1])):
+        rows += [
+            {"": role, "score": f"{scores[i] / np.abs(scores).max():+.2g}", **train.iloc[i][columns]} for i in places
+        ]
+    style = {"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"}
+    return pd.DataFrame(rows).style.hide(axis="index").set_properties(**style)
 
 
 def to_markdown(table: pd.DataFrame, columns: Iterable[str] | None = None) -> str:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import datainf
-from datainf import demo, lora, losses
+from datainf import classifier, demo, lora, losses
 from datainf.data import glue
 from datainf.errors import InputError
+from datainf.lora import Recipe
 
 SMALL = {"rank": 2, "learning_rate": 3e-3, "epochs": 3}
 
@@ -25,13 +26,13 @@ def equal(left, right):
 
 
 def test_the_same_call_gives_the_same_model_and_loads_what_is_there(task, tmp_path):
-    first = lora.fine_tune_classifier("demo-roberta", task, **SMALL, folder=tmp_path / "a")
-    again = lora.fine_tune_classifier("demo-roberta", task, **SMALL, folder=tmp_path / "b")
-    other = lora.fine_tune_classifier("demo-roberta", task, **SMALL, seed=1, folder=tmp_path / "c")
-    loaded = lora.fine_tune_classifier("demo-roberta", task, **SMALL, folder=tmp_path / "a")
+    first = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "a")
+    again = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "b")
+    other = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL, seed=1), folder=tmp_path / "c")
+    loaded = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "a")
     assert equal(weights(first), weights(again)) and not equal(weights(first), weights(other))
     assert equal(weights(first), weights(loaded))
-    assert list(first.history.columns) == ["epoch", "loss", "accuracy"] and len(first.history) == 3
+    assert list(first.history.columns) == ["epoch", "loss", "query_loss", "accuracy"] and len(first.history) == 3
     assert loaded.accuracy == pytest.approx(first.accuracy)
     assert first.revision == loaded.revision and first.revision.startswith("sha256:")
     assert not (tmp_path / "a" / "checkpoints").exists()
@@ -41,14 +42,14 @@ def test_gradients_of_a_model_just_trained_are_those_of_the_model_loaded(task, t
     """Two notebooks share a folder: the second finds the first one's gradients to be of the same model."""
     stores = []
     for _ in range(2):
-        tuned = lora.fine_tune_classifier("demo-roberta", task, **SMALL | {"epochs": 1}, seed=5, folder=tmp_path)
+        tuned = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL | {"epochs": 1}, seed=5), folder=tmp_path)
         arguments = (tuned.model, tuned.train.select(range(6)), losses.classification)
         stores.append(datainf.per_sample_gradients(*arguments, collate_fn=tuned.collate, store=tmp_path / "train"))
     assert equal(*stores)
 
 
 def test_killed_and_called_again_it_ends_with_the_same_weights(task, tmp_path, monkeypatch):
-    whole = lora.fine_tune_classifier("demo-roberta", task, **SMALL, folder=tmp_path / "whole")
+    whole = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "whole")
 
     def dies(self, args, state, control, **kwargs):
         if state.global_step == 5:  # two steps an epoch: in the middle of the third
@@ -57,19 +58,19 @@ def test_killed_and_called_again_it_ends_with_the_same_weights(task, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(lora._Progress, "on_step_end", dies)
         with pytest.raises(KeyboardInterrupt):
-            lora.fine_tune_classifier("demo-roberta", task, **SMALL, folder=tmp_path / "cut")
+            classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "cut")
     # What a kill in the middle of writing a checkpoint leaves behind.
     (tmp_path / "cut" / "checkpoints" / "checkpoint-99").mkdir()
-    resumed = lora.fine_tune_classifier("demo-roberta", task, **SMALL, folder=tmp_path / "cut")
+    resumed = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "cut")
     assert equal(weights(resumed), weights(whole))
     assert resumed.history.equals(whole.history)
 
 
 def test_a_folder_made_from_other_data_is_refused(task, tmp_path):
-    lora.fine_tune_classifier("demo-roberta", task, **SMALL | {"epochs": 1}, folder=tmp_path)
+    classifier.fine_tune("demo-roberta", task, Recipe(**SMALL | {"epochs": 1}), folder=tmp_path)
     other = glue.load("demo-paraphrases", n_train=64, n_validation=40)
     with pytest.raises(InputError, match="another data of this name: delete that folder"):
-        lora.fine_tune_classifier("demo-roberta", other, **SMALL, folder=tmp_path)
+        classifier.fine_tune("demo-roberta", other, Recipe(**SMALL), folder=tmp_path)
 
 
 def test_a_base_in_the_hubs_format(task, tmp_path):
@@ -81,14 +82,14 @@ def test_a_base_in_the_hubs_format(task, tmp_path):
     )
     BertModel(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(demo.BASES["demo-roberta"]).save_pretrained(tmp_path / "base")
-    tuned = lora.fine_tune_classifier(str(tmp_path / "base"), task, **SMALL | {"epochs": 1}, folder=tmp_path / "run")
+    tuned = classifier.fine_tune(str(tmp_path / "base"), task, Recipe(**SMALL | {"epochs": 1}), folder=tmp_path / "run")
     arguments = (tuned.model, tuned.train.select(range(8)), losses.classification)
     store = datainf.per_sample_gradients(*arguments, collate_fn=tuned.collate)
     assert store.n == 8 and len(store) == 2 * 2 + 1
 
 
 def test_after_bfloat16_training_gradients_are_float32(task, tmp_path):
-    tuned = lora.fine_tune_classifier("demo-roberta", task, **SMALL | {"epochs": 1}, bf16=True, folder=tmp_path)
+    tuned = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL | {"epochs": 1}, bf16=True), folder=tmp_path)
     arguments = (tuned.model, tuned.train.select(range(6)), losses.classification)
     fast = datainf.per_sample_gradients(*arguments, collate_fn=tuned.collate)
     slow = datainf.reference_gradients(*arguments, collate_fn=tuned.collate)
@@ -98,7 +99,7 @@ def test_after_bfloat16_training_gradients_are_float32(task, tmp_path):
 def test_bad_input_is_named_in_one_sentence(task, tmp_path):
     def refused(message, base="demo-roberta", **arguments):
         with pytest.raises(InputError, match=message) as caught:
-            lora.fine_tune_classifier(base, task, **SMALL | arguments, folder=tmp_path / "run")
+            classifier.fine_tune(base, task, Recipe(**SMALL | arguments), folder=tmp_path / "run")
         assert "\n" not in str(caught.value)
 
     refused("rank must be a whole number of at least 1, not 0", rank=0)
@@ -113,7 +114,7 @@ def test_real_minilm(real_models, real_data, tmp_path):
     """A real encoder on real data: the hooks equal the loop, and fine-tuning moves the loss."""
     task = glue.load(str(real_data / "glue" / "sst2"), n_train=32, n_validation=16)
     base = str(real_models / "all-MiniLM-L6-v2")
-    tuned = lora.fine_tune_classifier(base, task, rank=2, epochs=1, folder=tmp_path)
+    tuned = classifier.fine_tune(base, task, Recipe(rank=2, epochs=1), folder=tmp_path)
     arguments = (tuned.model, tuned.train.select(range(6)), losses.classification)
     fast = datainf.per_sample_gradients(*arguments, collate_fn=tuned.collate)
     slow = datainf.reference_gradients(*arguments, collate_fn=tuned.collate)

@@ -1,7 +1,7 @@
 """Text generation tasks of ten classes: sentence transformations and math word problems (paper section 4.3, D.2.1)."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,8 +81,8 @@ def load(task: str, *, n_train: int = 90, n_test: int = 10, seed: int = 0) -> Te
         classes = tuple(dict.fromkeys(train["class"]))
         if len(classes) < 2:
             raise InputError(f"{task}: all training examples are of one class; class detection needs two at least.")
-        if unknown := sorted(set(test["class"]) - set(classes)):
-            raise InputError(f"{task}: the test class {unknown[0]!r} has no training example.")
+        if lone := sorted(set(test["class"]) ^ set(classes)):
+            raise InputError(f"{task}: the class {lone[0]!r} must have examples in both splits, train and test.")
         revision = revision_of(*(Dataset.from_pandas(split, preserve_index=False) for split in (train, test)))
         train, test = _draw(train, n_train, seed), _draw(test, n_test, seed)
     splits = (Dataset.from_pandas(split, preserve_index=False) for split in (train, test))
@@ -107,6 +107,11 @@ def generate(task: str, seed: int) -> pd.DataFrame:
 def final_answer(response: str) -> str:
     """What a response is judged by: what follows its last "Answer:", or all of it where it gives no reason."""
     return response.rpartition("Answer:")[2].strip()
+
+
+def same_answer(response: str, true_response: str) -> bool:
+    """Whether a generated response ends in the right answer."""
+    return final_answer(response) == final_answer(true_response)
 
 
 def _read(task: str) -> dict[str, Dataset]:
@@ -136,7 +141,8 @@ def _checked(split: Dataset, what: str) -> pd.DataFrame:
             raise InputError(
                 f"{what}: the column {column!r} is missing; there are {', '.join(split.column_names) or 'none'}."
             )
-    rows = split.to_pandas().reindex(columns=list(COLUMNS)).fillna({"reason": ""}).astype(str)
+    rows = split.to_pandas()
+    rows = pd.DataFrame({name: rows[name] if name in rows else "" for name in COLUMNS}).fillna("").astype(str)
     for column in ("prompt", "response"):
         if (empty := rows[column].str.strip() == "").any():
             raise InputError(f"{what}: the {column} of example {empty.idxmax()} is empty.")
@@ -147,3 +153,21 @@ def _draw(rows: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:
     """At most so many rows of each class, in random order."""
     shuffled = rows.sample(frac=1, random_state=seed)
     return shuffled[shuffled.groupby("class").cumcount() < per_class]
+
+
+def exchange_responses(test: Dataset, classes: Sequence[str]) -> Dataset:
+    """Every prompt with the response of an example of the next class: does the influence follow one or the other?
+
+    Column class is the prompt's, column response_class the response's.
+    """
+    rows = test.to_pandas()
+    place = rows.groupby("class").cumcount()
+    following = dict(zip(classes, [*classes[1:], classes[0]], strict=True))
+    giver = [_in_turn(rows[rows["class"] == following[name]], k) for name, k in zip(rows["class"], place, strict=True)]
+    exchanged = rows.assign(**{column: [row[column] for row in giver] for column in ("response", "reason")})
+    exchanged["response_class"] = [row["class"] for row in giver]
+    return Dataset.from_pandas(exchanged, preserve_index=False)
+
+
+def _in_turn(rows: pd.DataFrame, k: int) -> pd.Series:
+    return rows.iloc[k % len(rows)]
