@@ -170,7 +170,8 @@ def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list
     )
     auc = means["auc"]["completion"]
     accuracy = identification.groupby(["dataset", "rank"], sort=False)[["accuracy_base", "accuracy"]].mean()
-    tasks = [(task, 8) for task in auc.index.get_level_values("dataset") if ("Table 2", task) in paper.index]
+    published = {task for item, task, *_ in paper.index if item == "Table 2"}
+    tasks = [(task, rank) for task, rank in auc.index if task in published and rank == 8]  # the paper's rank
     rows = [
         (
             "Table 2",

@@ -9,12 +9,18 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import torch
+import yaml
 from papermill.exceptions import PapermillExecutionError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from datainf import demo
 from datainf.provenance import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 EXPERIMENTS = {"approximation_error": "10_approximation_error", "mislabeled_detection": "20_mislabeled_detection"}
+TEXT = "text_identification-math_without_reasoning-r8-s0.csv"
+SMALLEST_TEXT = {"task": "math_without_reasoning", "n_train": 4, "n_test": 2, "epochs": 1}
 SMALLEST = {"n_train": 40, "n_validation": 20, "epochs": 1, "dataset": "demo-reviews"}
 
 
@@ -26,13 +32,16 @@ def execute(name, into, **given):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """The smallest sweep: one dataset, two ranks, two seeds' worth of records, then the figures."""
+    """The smallest sweep: one dataset at two ranks, one text task, then the figures."""
     folder = tmp_path_factory.mktemp("study")
     for rank in (1, 2):
         for experiment, notebook in EXPERIMENTS.items():
             output = folder / "results" / "tiny" / "runs" / f"{experiment}-demo-reviews-r{rank}-s0.csv"
             given = {**SMALLEST, "rank": rank, "cache": str(folder / "cache"), "output": str(output)}
             execute(notebook, folder, **given)
+    output = folder / "results" / "tiny" / "runs" / TEXT
+    given = {**SMALLEST_TEXT, "cache": str(folder / "cache"), "output": str(output)}
+    execute("30_text_identification", folder, **given)
     execute("90_figures_and_tables", folder, scale="tiny", folder=str(folder / "results"))
     return folder
 
@@ -51,24 +60,43 @@ def test_records_of_both_experiments(sweep):
 
 
 def test_both_experiments_share_one_model_and_its_gradients(sweep):
-    shared = list((sweep / "cache").iterdir())
+    shared = list((sweep / "cache").glob("demo-roberta-*"))
     assert len(shared) == 2  # one for each rank, not one for each notebook
     runs = sweep / "results" / "tiny" / "runs"
     costs = [pd.read_csv(path)["seconds_gradients"][0] for path in sorted(runs.glob("*-r1-s0.csv"))]
     assert costs[0] == costs[1]
 
 
+def test_record_of_class_detection(sweep):
+    record = pd.read_csv(sweep / "results" / "tiny" / "runs" / TEXT).set_index(["loss", "method"])
+    assert len(record) == 3 * 6 + 1  # losses x methods, and the similarity of prompts
+    assert record.loc[("completion", "prompt_similarity"), "auc"] > 0.99
+    for column in ("auc", "auc_signed", "recall", "recall_signed"):
+        assert record[column].dropna().between(0, 1).all()
+    # The prompt's own gradients cannot know of another response.
+    published = record.loc["as_published"]
+    assert published["auc_prompt_class"].sub(published["auc"]).abs().max() < 1e-6
+    assert (record["n_train"] == 40).all() and (record["n_test"] == 20).all()
+    assert record["accuracy"].between(0, 1).all() and record["accuracy_base"].between(0, 1).all()
+    assert (record["targets"] == "q_proj+v_proj").all() and (record["dataset"] == "math_without_reasoning").all()
+
+
 def test_figures_and_tables_are_there(sweep):
     here = sweep / "results" / "tiny"
     assert sorted(path.stem for path in (here / "figures").glob("*.png")) == [
+        "class_detection_by_loss",
         "cost",
         "detection_curves",
         "figure1_pearson",
         "figure1_spearman",
         "figure2_5_detection_auc",
+        "table2_class_detection",
+        "template_or_answer",
     ]
     assert "DataInf correlates more than Hessian-free" in (here / "tables" / "ours_beside_paper.md").read_text()
     assert len(pd.read_csv(here / "tables" / "approximation_error.csv")) == 2 * 7
+    assert "DataInf" in (here / "tables" / "table2.md").read_text()
+    assert pd.read_csv(here / "tables" / "table4.csv")["n"].tolist() == [40]
 
 
 def test_no_executed_notebook_shows_noise(sweep):
@@ -103,6 +131,40 @@ def test_what_does_not_fit_ends_at_once_in_one_sentence(given, sentence, tmp_pat
     assert not list(tmp_path.glob("cache/*/checkpoints"))
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"task": "sentence_transformation"}, "InputError: There is no task 'sentence_transformation', neither"),
+        ({"loss": "response"}, "InputError: Unknown loss 'response': choose one of completion"),
+        ({"max_length": 20}, "and the context holds 20: shorten it"),
+        ({"adapter": "./nothing"}, "InputError: There is no adapter in ./nothing"),
+        ({"alpha": -1}, "InputError: alpha must be a whole number of at least 0, not -1."),
+    ],
+)
+def test_what_does_not_fit_a_text_run_ends_at_once_in_one_sentence(given, sentence, tmp_path):
+    with pytest.raises(PapermillExecutionError) as caught:
+        execute("30_text_identification", tmp_path, cache=str(tmp_path / "cache"), **(SMALLEST_TEXT | given))
+    shown = "\n".join(caught.value.traceback)
+    assert sentence in shown and "\n" not in shown.strip()
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_the_text_notebook_of_a_scale_runs_on_a_checkpoint_in_the_hubs_format(scale, tmp_path):
+    """As config/SCALE.yaml has it, but for the base, the number of examples and, where there is no GPU, 8 bits."""
+    base = str(tmp_path / "base")
+    AutoTokenizer.from_pretrained(demo.LLAMA).save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(demo.LLAMA, dtype="float32").save_pretrained(base)
+    config = yaml.safe_load((ROOT / "config" / f"{scale}.yaml").read_text())["text"]
+    given = config["parameters"] | {"model": base, "task": config["grid"]["task"][0], "rank": config["grid"]["rank"][0]}
+    given |= {"n_train": 3, "n_test": 1, "epochs": 1, "output": str(tmp_path / "run.csv"), "cache": str(tmp_path / "c")}
+    if not torch.cuda.is_available():
+        given["quantization"] = ""
+    execute("30_text_identification", tmp_path, **given)
+    record = pd.read_csv(tmp_path / "run.csv")
+    assert set(record["loss"]) == {"completion", "as_published"} and record["model"].unique().tolist() == ["base"]
+    assert record["learning_rate"].unique().tolist() == [config["parameters"]["learning_rate"]]
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_committed_notebooks_are_executed_top_to_bottom(path):
     notebook = nbformat.read(path, 4)
@@ -123,16 +185,24 @@ def snakemake(*arguments, config="config/demo.yaml"):
 def test_the_sweep_plans_every_run_of_a_scale(scale):
     planned = snakemake("--forceall", config=f"config/{scale}.yaml")
     assert planned.returncode == 0, planned.stderr
-    runs = {"demo": 2 * 3 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
-    assert re.search(rf"^run\s+{2 * runs}$", planned.stdout + planned.stderr, re.MULTILINE)
+    classification = {"demo": 2 * 3 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
+    text = {"demo": 3 * 3, "laptop": 3, "paper": 3}[scale]
+    assert re.search(rf"^run\s+{2 * classification + text}$", planned.stdout + planned.stderr, re.MULTILINE)
 
 
 def test_the_sweep_refuses_a_parameter_that_no_notebook_has():
-    planned = snakemake("--config", "parameters={learning_rat: 0.1}")
+    planned = snakemake("--config", "classification={parameters: {learning_rat: 0.1}}")
     assert planned.returncode != 0
     assert "has no parameter 'learning_rat'" in planned.stdout + planned.stderr
 
 
-def test_the_sweep_finds_data_and_model_in_folders():
-    planned = snakemake("--config", "data=some/glue", "model=some/base", "--printshellcmds", "--forceall")
-    assert "dataset: some/glue/demo-reviews" in planned.stdout and "model: some/base" in planned.stdout
+def test_the_sweep_finds_data_and_models_in_folders():
+    """What the Makefile's MODEL, DATA and TEXT_MODEL hand on."""
+    given = (
+        'classification={parameters: {model: "some/base"}}',
+        'classification={data: "some/glue"}',
+        'text={parameters: {model: "a llama"}}',
+    )
+    planned = snakemake("--config", *given, "--printshellcmds", "--forceall").stdout
+    assert "dataset: some/glue/demo-reviews" in planned and "model: some/base, n_train: 400" in planned
+    assert "model: a llama, n_test: 10" in planned and "task: sentence_transformations" in planned

@@ -135,6 +135,75 @@ def records(experiment: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def identification() -> pd.DataFrame:
+    """Made-up records of class detection: DataInf above Hessian-free in all tasks but one."""
+    rows = [
+        {
+            "experiment": "text_identification",
+            "dataset": task,
+            "rank": 8,
+            "seed": seed,
+            "loss": loss,
+            "method": method,
+            "model": "base",
+            "n_train": 900,
+            "accuracy": 0.6,
+            "accuracy_base": 0.1,
+            **dict.fromkeys(["auc", "auc_signed", "recall", "recall_signed"], value - 0.3 * (task == "mine")),
+            "auc_prompt_class": 0.4,
+            "auc_response_class": 0.9,
+        }
+        for task in ("sentence_transformations", "math_with_reasoning", "mine")
+        for seed in (0, 1)
+        for loss in ("completion", "as_published")
+        for method, value in (("hessian_free", 0.6), ("datainf", 0.7 + seed / 10), ("exact", 0.5))
+    ]
+    frame = pd.DataFrame(rows)
+    frame.loc[(frame["dataset"] == "mine") & (frame["method"] == "hessian_free"), "auc"] = 0.9
+    return frame
+
+
+def test_class_detection_metrics():
+    scores = np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [1.0, np.nan, 2.0, 3.0]])
+    found = metrics.class_detection(scores, ["a", "b", "a", "b"], ["a", "b", "a"])
+    assert found["auc"].tolist()[:2] == [0.75, 0.75] and found["recall"].tolist()[:2] == [0.5, 0.5]
+    assert found.loc[2].isna().all()
+    summary = metrics.mean_and_error(found.assign(auc=[0.5, 0.7, 0.9]))
+    assert summary["auc"] == pytest.approx(0.7) and summary["auc_se"] == pytest.approx(0.2 / 3**0.5)
+
+
+def test_class_shares_sum_to_one_and_see_magnitudes_alone():
+    scores = np.array([[3.0, -1.0, 3.0, 1.0], [-2.0, 2.0, 2.0, -2.0]])
+    shares = metrics.class_shares(scores, ["x", "y", "x", "y"], ["x", "y"], order=["y", "x"])
+    assert shares.to_numpy().tolist() == [[0.5, 0.5], [0.25, 0.75]]
+
+
+def test_prompt_similarity_is_of_words():
+    similar = metrics.prompt_similarity(["add 3 to 4", "say hello twice"], ["add 5 to 6"])
+    assert similar.shape == (1, 2) and similar[0, 0] > 0.3 and similar[0, 1] == 0
+
+
+def test_table_2_and_table_4_have_ours_beside_the_papers():
+    reported = results.paper_reported(provenance.ROOT / "results")
+    some = identification()
+    table2 = tables.class_detection(some[some["loss"] == "completion"], reported)
+    row = table2.loc[("sentence_transformations", "DataInf")]
+    assert row["AUC"] == "0.750 ± 0.050" and row["AUC (paper)"] == "1.000 ± 0.000"
+    assert table2.loc[("mine", "Exact"), "AUC (paper)"] == ""
+    table4 = tables.accuracy_gained(some, reported)
+    assert table4.loc["math_with_reasoning", ["base", "base (paper)", "fine-tuned (paper)"]].tolist() == [
+        "0.10", "0.08", "0.31",
+    ]  # fmt: skip
+
+
+def test_most_and_least_influential_examples_are_shown():
+    train = pd.DataFrame({"class": list("abc"), "prompt": list("pqr"), "response": list("xyz")})
+    query = {"class": "a", "prompt": "?", "response": "!"}
+    shown = tables.influential(train, query, np.array([0.1, -2.0, 1.0]), k=1).data
+    assert shown[""].tolist() == ["test example", "most influential", "least influential"]
+    assert shown["class"].tolist() == ["a", "b", "a"] and shown["score"].tolist() == ["", "-1", "+0.05"]
+
+
 def test_records_are_written_whole_with_their_provenance(tmp_path):
     made = records("approximation_error")
     facts = dict.fromkeys(results.RUN_COLUMNS[:5], "x")
@@ -152,7 +221,7 @@ def test_records_are_written_whole_with_their_provenance(tmp_path):
 
 def test_every_column_of_a_record_is_in_the_dictionary():
     dictionary = (provenance.ROOT / "results" / "README.md").read_text(encoding="utf8")
-    tracked = sorted((provenance.ROOT / "results").glob("*/tables/[am]*_*.csv"))
+    tracked = sorted((provenance.ROOT / "results").glob("*/tables/[amt]*_*.csv"))
     columns = set(results.RUN_COLUMNS).union(*(pd.read_csv(path, nrows=1).columns for path in tracked))
     undocumented = sorted(name for name in columns if f"`{name}`" not in dictionary and not name.startswith("found_"))
     assert undocumented == []
@@ -160,13 +229,17 @@ def test_every_column_of_a_record_is_in_the_dictionary():
 
 def test_ours_beside_the_papers_counts_cells():
     reported = results.paper_reported(provenance.ROOT / "results")
-    beside = tables.ours_beside_paper(records("approximation_error"), records("mislabeled_detection"), reported)
+    errors, detection = records("approximation_error"), records("mislabeled_detection")
+    beside = tables.ours_beside_paper(errors, detection, identification(), reported)
     ours = beside.set_index("claim")["ours"]
     assert ours["DataInf correlates more than Hessian-free"] == "4 of 4"
     assert ours["scaled LiSSA (10) correlates more than DataInf"] == "0 of 4"
     assert ours["DataInf's correlation is lower at the highest rank than at the lowest"] == "2 of 2 datasets"
     assert ours["DataInf detects about as well as Exact, or better"] == "0 of 4"
     assert ours["Pearson correlation with Exact at the lowest rank, DataInf"] == "0.79 (one), 0.79 (two)"
+    assert ours["DataInf finds the class better than Hessian-free (AUC)"] == "2 of 3 tasks"
+    assert ours["class-detection AUC of Exact"].startswith("0.50 (sentence_transformations)")
+    assert ours["AUC of DataInf towards the class of the response, responses exchanged"].startswith("0.90")
     assert tables.to_markdown(beside).count("\n") == len(beside) + 2
 
 
@@ -182,6 +255,10 @@ def test_figures_are_drawn():
     scores = pd.DataFrame(generator.normal(size=(30, 3)), columns=["datainf", "lissa", "exact"])
     scores["flipped"] = generator.random(30) < 0.3
     history = pd.DataFrame({"epoch": [1, 2], "loss": [0.7, 0.5], "accuracy": [0.6, 0.8]})
+    points = pd.DataFrame(
+        {"panel": "one", "method": ["datainf", "exact"], "kind": "by |score|", "value": 0.7, "error": 0.1}
+    )
+    shares = pd.DataFrame([[0.7, 0.3], [0.4, 0.6]], index=["a", "b"], columns=["a", "b"])
     figures = [
         plotting.by_rank(errors, "pearson", "correlation", "title", reference=0),
         plotting.cost(detection, "title"),
@@ -189,12 +266,16 @@ def test_figures_are_drawn():
         plotting.against_exact(scores, "title"),
         plotting.score_distributions(scores, "title"),
         plotting.fine_tuning_curve(history, 0.5),
+        plotting.completion_curve(history.rename(columns={"accuracy": "query_loss"})),
+        plotting.by_method(points, "AUC", "title", references={"one": 0.5}, kinds={"by |score|": "full"}),
+        plotting.by_loss(identification().rename(columns={"dataset": "panel", "auc": "value"}), "title"),
+        plotting.class_heat_maps({"datainf": shares, "exact": shares}, "title"),
     ]
     for figure in figures:
         figure.canvas.draw()
         assert figure.get_suptitle() or all(axis.get_title() for axis in figure.axes)
         labels = [axis.get_xlabel() + axis.get_ylabel() for axis in figure.axes]
-        assert all(labels) or figure.get_supylabel() or labels[0]
+        assert all(labels) or figure.get_supylabel() or figure.get_supxlabel() or labels[0]
     assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {
         "Hessian-free", "LiSSA", "LiSSA, scaled", "DataInf", "Exact",
     }  # fmt: skip

@@ -350,7 +350,7 @@ def test_a_model_learns_to_answer_and_to_stop(checkpoint, tmp_path):
         | {
             "rank": 8,
             "alpha": 64,
-            "epochs": 40,
+            "epochs": 60,
             "learning_rate": 2e-2,
             "batch_size": 4,
             "dropout": 0.0,
