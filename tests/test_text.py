@@ -358,7 +358,7 @@ def test_a_model_learns_to_answer_and_to_stop(checkpoint, tmp_path):
         }
     )
     tuned = causal_lm.fine_tune(checkpoint, task, recipe, folder=tmp_path)
-    assert tuned.history["loss"].iloc[-1] < 0.1
+    assert tuned.history["loss"].iloc[-1] < 0.3 < tuned.history["loss"].iloc[0]
     responses = causal_lm.respond(tuned.model, tuned.tokenizer, tuned.query)
     assert [response.replace(" ", "") for response in responses] == ["abc", "cb"]
 
@@ -367,6 +367,18 @@ def test_final_answers():
     assert text.same_answer("Left = 3 - 1 = 2. Answer: 2", "Left = 5 - 3 = 2. Answer: 2")
     assert not text.same_answer("Left = 3 - 1 = 2. Answer: 2", "Answer: 3")
     assert text.same_answer("S*n.", "S*n.") and not text.same_answer("S*n", "S*n.")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantization", causal_lm.QUANTIZATION)
+def test_gradients_over_a_quantized_base(checkpoint, small, quantization, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tuned = causal_lm.fine_tune(checkpoint, small, Recipe(**RECIPE), quantization=quantization, folder=tmp_path)
+    arguments = (tuned.model, tuned.train.select(range(6)), losses.completion)
+    fast = datainf.per_sample_gradients(*arguments, collate_fn=tuned.collate)
+    slow = datainf.reference_gradients(*arguments, collate_fn=tuned.collate)
+    assert max(((fast[n] - slow[n]).norm() / slow[n].norm()).item() for n in slow) <= 1e-2
 
 
 def test_real_stories_llama(real_models, tmp_path):
