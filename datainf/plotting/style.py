@@ -1,0 +1,97 @@
+"""The study's look: the same colour, marker and name for a method in every figure."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from scipy import stats
+
+# Label, colour (of the colour-blind-safe Okabe-Ito set, ordered so that lightness differs too) and marker.
+METHOD_STYLE = {
+    "hessian_free": ("Hessian-free", "#56B4E9", "s"),
+    "lissa": ("LiSSA", "#E69F00", "^"),
+    "lissa_as_published": ("LiSSA, as published", "#F0E442", "v"),
+    "lissa_scaled": ("LiSSA, scaled", "#CC79A7", "<"),
+    "lissa_scaled(100)": ("LiSSA, scaled (100)", "#7A4069", ">"),
+    "datainf": ("DataInf", "#D55E00", "o"),
+    "exact": ("Exact", "#000000", "D"),
+    "prompt_similarity": ("Prompt similarity", "#999999", "X"),
+}
+LABELS = {method: label for method, (label, _, _) in METHOD_STYLE.items()}
+GROUP_COLOURS = {"clean": "#0072B2", "mislabeled": "#D55E00"}
+STAGES = {"seconds_gradients": "gradients", "seconds_ihvp": "ihvp", "seconds_scores": "scores"}
+
+
+def use_style() -> None:
+    """The study's look: a light grid, no box, text that reads at the size it is shown."""
+    sns.set_theme(context="notebook", style="whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 150, "savefig.bbox": "tight", "axes.titlesize": 12})
+
+
+def label(method: str) -> str:
+    """A method's name as readers know it."""
+    return LABELS.get(method, method)
+
+
+def shown_once(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Close the figure for pyplot, so that a notebook shows it as the cell's value and not a second time."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        figure = draw(*args, **kwargs)
+        plt.close(figure)
+        return figure
+
+    return drawn
+
+
+def ordered(methods: Sequence[str]) -> list[str]:
+    """The methods that occur, in the order and by the labels of `METHOD_STYLE`."""
+    present = set(methods)
+    return [LABELS[method] for method in METHOD_STYLE if method in present] + sorted(present - LABELS.keys())
+
+
+def look_of(labels: Sequence[str]) -> dict:
+    """seaborn's arguments that give each label its colour and marker."""
+    styles = {name: (colour, marker) for name, colour, marker in METHOD_STYLE.values()}
+    known = [styles.get(name, ("#888888", "P")) for name in labels]
+    return {"hue_order": labels, "palette": [c for c, _ in known], "markers": [m for _, m in known]}
+
+
+def confidence_interval(values: pd.Series, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of few runs; NaN where there is but one."""
+    values = values.dropna()
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
+    return values.mean() - half, values.mean() + half
+
+
+def grid_of(panels: Sequence, *, width: float, height: float, columns: int, **sharing) -> tuple[Figure, list]:
+    """A figure with one axis for each panel, at most so many side by side."""
+    columns = min(columns, len(panels))
+    rows = int(np.ceil(len(panels) / columns))
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    return figure, list(axes.flat[: len(panels)])
+
+
+def row_of(panels: Sequence, *, width: float, height: float, legend: float) -> tuple[Figure, list]:
+    """Panels side by side that share their y-axis, with room for a legend on the right."""
+    size = (max(6.5, width * len(panels) + legend), height)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def legend_beside(figure: Figure, axes: Sequence) -> None:
+    """One legend, right of the panels, for what all of them show."""
+    for axis in axes:
+        if axis.get_legend() is not None:
+            axis.get_legend().remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
