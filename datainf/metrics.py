@@ -66,16 +66,18 @@ def class_detection(
         ``recall``: the share of its class among the top s training examples, s being the size of that class. Both
         NaN where a score is not a number.
     """
-    train_classes = np.asarray(train_classes)
-    rows = []
-    for row, query_class in zip(scores, query_classes, strict=True):
-        same = train_classes == query_class
-        if np.isfinite(row).all():
-            top = np.argsort(-row, kind="stable")[: same.sum()]
-            rows.append((roc_auc_score(same, row), same[top].mean()))
-        else:
-            rows.append((np.nan, np.nan))
-    return pd.DataFrame(rows, columns=["auc", "recall"])
+    train_classes, query_classes = np.asarray(train_classes), np.asarray(query_classes)
+    found = pd.DataFrame(np.nan, index=range(len(scores)), columns=["auc", "recall"])
+    for name in np.unique(query_classes):
+        same, queries = train_classes == name, query_classes == name
+        rows = scores[queries]
+        # The Mann-Whitney statistic counts the pairs in the right order, ties by half.
+        in_order = stats.mannwhitneyu(rows[:, same], rows[:, ~same], axis=1, method="asymptotic").statistic
+        top = np.argsort(-rows, axis=1, kind="stable")[:, : same.sum()]
+        found.loc[queries, "auc"] = in_order / (same.sum() * (~same).sum())
+        found.loc[queries, "recall"] = same[top].mean(axis=1)
+    found[~np.isfinite(scores).all(axis=1)] = np.nan
+    return found
 
 
 def mean_and_error(values: pd.DataFrame) -> dict[str, float]:

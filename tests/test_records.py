@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 import datainf
 from datainf import metrics, parameters, plotting, provenance, readme, results, tables
@@ -168,6 +169,11 @@ def test_class_detection_metrics():
     found = metrics.class_detection(scores, ["a", "b", "a", "b"], ["a", "b", "a"])
     assert found["auc"].tolist()[:2] == [0.75, 0.75] and found["recall"].tolist()[:2] == [0.5, 0.5]
     assert found.loc[2].isna().all()
+    generator = np.random.default_rng(0)
+    rounded = generator.normal(size=(3, 40)).round(1)  # with ties
+    classes = generator.choice(list("abc"), 40)
+    same = [roc_auc_score(classes == name, row) for name, row in zip("abc", rounded, strict=True)]
+    assert metrics.class_detection(rounded, classes, list("abc"))["auc"].tolist() == pytest.approx(same)
     summary = metrics.mean_and_error(found.assign(auc=[0.5, 0.7, 0.9]))
     assert summary["auc"] == pytest.approx(0.7) and summary["auc_se"] == pytest.approx(0.2 / 3**0.5)
 
