@@ -43,31 +43,24 @@ def mean_and_error(values: pd.Series) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.sem():.3f}" if len(values) > 1 else "")
 
 
+# Whose likelihood the gradients are of, as the two texts that a loss can be justified by have it.
+LOSSES = {"completion": "the response (the paper's text)", "as_published": "the prompt (its published code)"}
+
+
 def class_detection(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Table 2: class-detection AUC and recall by task and method, ours beside the paper's.
+    """Table 2: class-detection AUC and recall, by |score|, by task and method, for each loss beside the paper's.
 
-    Ours are means and standard errors over seeds; the paper's are over the test examples of one run. Columns ending
-    in "signed" rank by helpfulness (the negated score) instead of |score|.
-
-    Args:
-        identification: records of the identification runs, of one loss.
+    Ours are means and standard errors over seeds; the paper's are over the test examples of one run.
     """
-    ours = identification.groupby(["dataset", "method"], sort=False)[
-        ["auc", "recall", "auc_signed", "recall_signed"]
-    ].agg(mean_and_error)
+    ours = identification.groupby(["dataset", "method", "loss"], sort=False)[["auc", "recall"]].agg(mean_and_error)
     cells = reported.query("item == 'Table 2'").set_index(["dataset", "method", "metric"])["value"].unstack()
-    paper = pd.DataFrame(
-        {
-            f"{name} (paper)": cells[name].map("{:.3f}".format) + cells[f"{name}_se"].map(" ± {:.3f}".format)
-            for name in ("auc", "recall")
-        }
-    )
-    table = ours.join(paper).fillna("")[
-        ["auc", "auc (paper)", "recall", "recall (paper)", "auc_signed", "recall_signed"]
-    ]
-    return table.rename(columns=lambda name: name.replace("auc", "AUC").replace("_", ", ")).rename(
-        label, level="method"
-    )
+    table = {}
+    for metric, name in (("auc", "AUC"), ("recall", "recall")):
+        by_loss = ours[metric].unstack("loss")
+        table |= {f"{name}, {loss}": by_loss[loss] for loss in LOSSES if loss in by_loss}
+        error = cells[f"{metric}_se"].map(" ± {:.3f}".format)
+        table[f"{name} (paper)"] = cells[metric].map("{:.3f}".format) + error
+    return pd.DataFrame(table).reindex(by_loss.index).fillna("").rename(label, level="method")
 
 
 def accuracy_gained(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
@@ -168,46 +161,55 @@ def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list
     means = identification.pivot_table(
         ["auc", "auc_prompt_class", "auc_response_class"], ["dataset", "rank"], ["loss", "method"], sort=False
     )
-    auc = means["auc"]["completion"]
     accuracy = identification.groupby(["dataset", "rank"], sort=False)[["accuracy_base", "accuracy"]].mean()
     published = {task for item, task, *_ in paper.index if item == "Table 2"}
-    tasks = [(task, rank) for task, rank in auc.index if task in published and rank == 8]  # the paper's rank
-    rows = [
-        (
-            "Table 2",
-            f"class-detection AUC of {label(method)}",
-            ", ".join(f"{paper['Table 2', task, rank, method, 'auc']:.2f}" for task, rank in tasks),
-            _per_dataset(auc[method]),
+    tasks = [(task, rank) for task, rank in means.index if task in published and rank == 8]  # the paper's rank
+    rows = []
+    for loss, of in LOSSES.items():
+        if loss not in means["auc"]:
+            continue
+        auc = means["auc"][loss]
+        rows += [
+            (
+                "Table 2",
+                f"class-detection AUC of {label(method)}, gradients of {of}",
+                ", ".join(f"{paper['Table 2', task, rank, method, 'auc']:.2f}" for task, rank in tasks),
+                _per_dataset(auc[method]),
+            )
+            for method in ("hessian_free", "datainf")
+        ]
+        rows.append(
+            (
+                "Table 2",
+                f"DataInf's is above Hessian-free's, gradients of {of}",
+                "always",
+                f"{_count(auc, 'datainf', 'hessian_free')} tasks",
+            )
         )
-        for method in ("hessian_free", "datainf")
-    ]
-    rows += [
-        (
-            "Table 2",
-            "DataInf finds the class better than Hessian-free (AUC)",
-            "always",
-            _count(auc, "datainf", "hessian_free") + " tasks",
-        ),
-        *(
-            ("not in the paper", f"class-detection AUC of {label(method)}", "", _per_dataset(auc[method]))
-            for method in ("lissa", "lissa_scaled", "exact", "prompt_similarity")
+        rows += [
+            (
+                "not in the paper",
+                f"class-detection AUC of {label(method)}, gradients of {of}",
+                "",
+                _per_dataset(auc[method]),
+            )
+            for method in ("lissa", "lissa_scaled", "exact")
             if method in auc
-        ),
-    ]
-    if "as_published" in means["auc"]:
-        published = means["auc"]["as_published"]["datainf"]
+        ]
+    completion = means["auc"]["completion"]
+    if "prompt_similarity" in completion:
         rows.append(
             (
                 "not in the paper",
-                "AUC of DataInf, gradients of the prompt alone (published code)",
+                "class-detection AUC of comparing the words of the prompts (TF-IDF)",
                 "",
-                _per_dataset(published),
+                _per_dataset(completion["prompt_similarity"]),
             )
         )
     rows += [
         (
             "not in the paper",
-            f"AUC of DataInf towards the class of the {part}, responses exchanged",
+            f"responses exchanged: AUC of DataInf towards the class of the {part}",
             "",
             _per_dataset(means[f"auc_{part}_class"]["completion"]["datainf"]),
         )
