@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from peft import prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
 from datainf import lora
@@ -64,12 +65,11 @@ def fine_tune(
     if adapter:
         model = load(base, quantization)
         revision = weights_revision(model)
-        model, history = lora.load_adapter(model, adapter), lora.no_history()
-        if (rank := model.active_peft_config.r) != recipe.rank:
-            raise InputError(f"The adapter in {adapter} is of rank {rank}: set rank to {rank}.")
+        model, history = lora.on_device(lora.load_adapter(model, adapter)), lora.no_history()
+        _check_shape(model, recipe, adapter)
     else:
         model, history, revision = lora.fine_tune(
-            lambda: load(base, quantization),
+            lambda: load(base, quantization, seed=recipe.seed),
             train,
             test,
             collate,
@@ -79,6 +79,16 @@ def fine_tune(
             folder=folder,
         )
     return FineTuned(model, tokenizer, train, test, collate, history, revision)
+
+
+def _check_shape(model: PeftModel, recipe: Recipe, adapter: str) -> None:
+    """Refuse an adapter of another shape than the recipe says, which is what the record of a run will say."""
+    config = model.active_peft_config
+    found = {"rank": config.r, "alpha": config.lora_alpha, "targets": sorted(config.target_modules)}
+    said = {"rank": recipe.rank, "alpha": recipe.alpha or recipe.rank, "targets": sorted(recipe.targets)}
+    for name, value in found.items():
+        if value != said[name]:
+            raise InputError(f"The adapter in {adapter} has {name} {value}, not {said[name]}: set {name} to {value}.")
 
 
 def load_tokenizer(base: str) -> tuple[PreTrainedTokenizerBase, int]:
@@ -105,12 +115,13 @@ def load_tokenizer(base: str) -> tuple[PreTrainedTokenizerBase, int]:
     return tokenizer, config.max_position_embeddings
 
 
-def load(base: str, quantization: str = "") -> PreTrainedModel:
-    """A pretrained causal language model in float32, or quantized on the GPU.
+def load(base: str, quantization: str = "", *, seed: int = 0) -> PreTrainedModel:
+    """A pretrained causal language model in float32, or quantized on the GPU; `seed` is that of its next adapter.
 
     Raises:
         InputError: no such model or quantization, or no GPU or no bitsandbytes to quantize with.
     """
+    set_seed(seed)
     if not quantization:
         return lora.from_pretrained(AutoModelForCausalLM, base, dtype=torch.float32)
     if quantization not in QUANTIZATION:
@@ -169,12 +180,14 @@ def respond(
 ) -> list[str]:
     """The model's own greedy responses to the prompts of encoded examples, in their order.
 
-    A response may be a quarter longer than the longest true one; what has not ended by then is cut.
+    A response may be a quarter longer than the longest true one, as far as the context allows; what has not ended by
+    then is cut.
     """
     prompts = [[i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label == IGNORED] for e in examples]
     longest = max(len(example["input_ids"]) - len(prompt) for example, prompt in zip(examples, prompts, strict=True))
+    room = model.config.get_text_config().max_position_embeddings - max(map(len, prompts))
     settings = GenerationConfig(
-        max_new_tokens=longest + longest // 4 + 1,
+        max_new_tokens=max(1, min(longest + longest // 4 + 1, room)),
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -4,7 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +196,15 @@ def fine_tune(
         The model with its adapter, the curve by epoch, and the base's revision: see `FineTuned`.
 
     Raises:
-        InputError: the base has no such modules, or `folder` was made from another base or other data.
+        InputError: the base has no such modules, or `folder` was made from another base, other data or by another
+            recipe.
     """
     folder = Path(folder)
     model = load()
     revision = weights_revision(model)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # another run may be after the same model
-        _check_origin(folder / ORIGIN, {"base": revision, "data": data_revision})
+        _check_origin(folder / ORIGIN, {"base": revision, "data": data_revision, "recipe": asdict(recipe)})
         if not (folder / HISTORY).is_file():
             adapted = attach_adapter(model, recipe, task_type)
             arguments = _arguments(recipe, folder / CHECKPOINTS)
@@ -217,9 +218,13 @@ def fine_tune(
             model = load()
         adapted = load_adapter(model, folder / ADAPTER)
         history = pd.read_csv(folder / HISTORY)
-    if torch.cuda.is_available() and not getattr(model, "is_quantized", False):  # a quantized base is there already
-        adapted = adapted.cuda()
-    return adapted, history, revision
+    return on_device(adapted), history, revision
+
+
+def on_device(model: PeftModel) -> PeftModel:
+    """The model on the GPU where there is one; a quantized base is there already."""
+    quantized = getattr(model.get_base_model(), "is_quantized", False)
+    return model.cuda() if torch.cuda.is_available() and not quantized else model
 
 
 def no_history() -> pd.DataFrame:
@@ -248,14 +253,17 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     )
 
 
-def _check_origin(path: Path, origin: Mapping[str, str]) -> None:
-    """Refuse a folder in which another base or other data was fine-tuned under the same names."""
+def _check_origin(path: Path, origin: Mapping[str, object]) -> None:
+    """Refuse a folder in which something else was fine-tuned: another base, other data, by another recipe."""
+    written = json.dumps(origin)
     if not path.is_file():
-        write_whole(path, json.dumps(origin))
-    elif (found := json.loads(path.read_text(encoding="utf8"))) != origin:
-        differs = " and ".join(name for name in origin if found.get(name) != origin[name])
+        write_whole(path, written)
+        return
+    wanted, found = json.loads(written), json.loads(path.read_text(encoding="utf8"))
+    if found != wanted:
+        differs = " and ".join(name for name in wanted if found.get(name) != wanted[name])
         raise InputError(
-            f"{path.parent} holds a model fine-tuned from another {differs} of this name: delete that folder."
+            f"{path.parent} holds a model fine-tuned from another {differs}: delete that folder, or give another."
         )
 
 

@@ -71,13 +71,36 @@ def class_detection(
     for name in np.unique(query_classes):
         same, queries = train_classes == name, query_classes == name
         rows = scores[queries]
-        # The Mann-Whitney statistic counts the pairs in the right order, ties by half.
-        in_order = stats.mannwhitneyu(rows[:, same], rows[:, ~same], axis=1, method="asymptotic").statistic
         top = np.argsort(-rows, axis=1, kind="stable")[:, : same.sum()]
-        found.loc[queries, "auc"] = in_order / (same.sum() * (~same).sum())
+        found.loc[queries, "auc"] = _auc(rows[:, same], rows[:, ~same])
         found.loc[queries, "recall"] = same[top].mean(axis=1)
     found[~np.isfinite(scores).all(axis=1)] = np.nan
     return found
+
+
+def preference(
+    scores: Float[np.ndarray, "m n"], train_classes: Sequence[str], one: Sequence[str], other: Sequence[str]
+) -> pd.Series:
+    """Does each query rank the training examples of one class above those of another?
+
+    Args:
+        scores: as for `class_detection`.
+        one, other: two classes for each query.
+
+    Returns:
+        The chance that a random training example of the class `one` is above a random one of the class `other`: 1 if
+        all are, 0.5 where neither is preferred. NaN where a score is not a number.
+    """
+    train_classes = np.asarray(train_classes)
+    pairs = zip(scores, one, other, strict=True)
+    preferred = [_auc(row[None, train_classes == a], row[None, train_classes == b])[0] for row, a, b in pairs]
+    return pd.Series(preferred).where(np.isfinite(scores).all(axis=1))
+
+
+def _auc(positive: Float[np.ndarray, "m p"], negative: Float[np.ndarray, "m q"]) -> Float[np.ndarray, " m"]:
+    """The Mann-Whitney statistic, the number of pairs in the right order, as a share of all pairs; ties by half."""
+    in_order = stats.mannwhitneyu(positive, negative, axis=1, method="asymptotic").statistic
+    return in_order / (positive.shape[1] * negative.shape[1])
 
 
 def mean_and_error(values: pd.DataFrame) -> dict[str, float]:

@@ -53,16 +53,26 @@ def stage(name: str, folder: str | Path | None = None) -> Iterator[Stage]:
     """Measure the body of a ``with`` statement.
 
     With a `folder` the figures are kept there when the body is done, and given back unchanged the next time, when
-    the body finds its work already done: the cost is that of the call that did the work.
+    the body finds its work already done: the cost is that of the call that did the work. Of work that was killed and
+    taken up again the cost is not known: NaN.
     """
     measured = Stage()
     record = Path(folder) / f"{name}.json" if folder is not None else None
+    kept = json.loads(record.read_text(encoding="utf8")) if record is not None and record.is_file() else None
+    if record is not None and kept is None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(record, json.dumps(asdict(measured)))  # found again if this call is killed
     before = time.perf_counter()
-    with _peak_memory() as peak:
-        yield measured
+    try:
+        with _peak_memory() as peak:
+            yield measured
+    except Exception:
+        if record is not None and kept is None:
+            record.unlink()  # refused or failed, not killed: the next call begins anew
+        raise
     measured.seconds, measured.peak_mib = time.perf_counter() - before, peak()
-    if record is not None and record.is_file():
-        vars(measured).update(json.loads(record.read_text(encoding="utf8")))
+    if kept is not None:
+        vars(measured).update(kept)
     elif record is not None:
         write_whole(record, json.dumps(asdict(measured)))
 
@@ -142,7 +152,7 @@ def paper_reported(folder: str | Path) -> pd.DataFrame:
 
 
 # The parameters of a run that concern what is done with its fine-tuned model, not what it is.
-AFTERWARDS = {"methods", "loss", "other_losses", "damping", "cache", "output"}
+AFTERWARDS = {"methods", "loss", "other_losses", "reduction", "damping", "cache", "output"}
 
 
 def fine_tuning_key(run: Mapping[str, object]) -> dict[str, object]:
@@ -160,10 +170,12 @@ def run_facts(run: Mapping[str, object], experiment: str, *, task, tuned, n_laye
 
     Folders and hub ids are given by their last part, so that a record names no one's disk.
     """
-    left_out = AFTERWARDS - {"damping"} | {"task"}  # which is the column dataset
+    left_out = AFTERWARDS - {"damping", "reduction"} | {"task"}  # which is the column dataset
     known = {name: value for name, value in run.items() if name not in left_out}
     lists = {name: "+".join(value) for name, value in known.items() if isinstance(value, list)}
     folders = {name: Path(known[name]).name for name in ("model", "adapter") if name in known}
+    if known.get("adapter"):  # it was not made here
+        known |= dict.fromkeys(("epochs", "learning_rate", "bf16"), float("nan"))
     return {
         **known,
         **lists,

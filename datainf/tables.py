@@ -48,18 +48,23 @@ LOSSES = {"completion": "the response (the paper's text)", "as_published": "the 
 
 
 def class_detection(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Table 2: class-detection AUC and recall, by |score|, by task and method, for each loss beside the paper's.
+    """Table 2: class-detection AUC and recall by task and method, for each loss beside the paper's.
+
+    By |score|, as in the paper's text; the last columns are of the AUC by helpfulness, the negated score.
 
     Ours are means and standard errors over seeds; the paper's are over the test examples of one run.
     """
-    ours = identification.groupby(["dataset", "method", "loss"], sort=False)[["auc", "recall"]].agg(mean_and_error)
-    cells = reported.query("item == 'Table 2'").set_index(["dataset", "method", "metric"])["value"].unstack()
+    cells = identification.groupby(["dataset", "method", "loss"], sort=False)
+    ours = cells[["auc", "recall", "auc_signed"]].agg(mean_and_error)
+    paper = reported.query("item == 'Table 2'").set_index(["dataset", "method", "metric"])["value"].unstack()
     table = {}
     for metric, name in (("auc", "AUC"), ("recall", "recall")):
         by_loss = ours[metric].unstack("loss")
         table |= {f"{name}, {loss}": by_loss[loss] for loss in LOSSES if loss in by_loss}
-        error = cells[f"{metric}_se"].map(" ± {:.3f}".format)
-        table[f"{name} (paper)"] = cells[metric].map("{:.3f}".format) + error
+        error = paper[f"{metric}_se"].map(" ± {:.3f}".format)
+        table[f"{name} (paper)"] = paper[metric].map("{:.3f}".format) + error
+    by_loss = ours["auc_signed"].unstack("loss")
+    table |= {f"AUC by helpfulness, {loss}": by_loss[loss] for loss in LOSSES if loss in by_loss}
     return pd.DataFrame(table).reindex(by_loss.index).fillna("").rename(label, level="method")
 
 
@@ -159,7 +164,10 @@ def ours_beside_paper(
 def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list[tuple[str, str, str, str]]:
     """The rows of `ours_beside_paper` on class detection, by |score|, one mean over seeds for each task."""
     means = identification.pivot_table(
-        ["auc", "auc_prompt_class", "auc_response_class"], ["dataset", "rank"], ["loss", "method"], sort=False
+        ["auc", "auc_signed", "prompt_preferred", "prompt_preferred_signed"],
+        ["dataset", "rank"],
+        ["loss", "method"],
+        sort=False,
     )
     accuracy = identification.groupby(["dataset", "rank"], sort=False)[["accuracy_base", "accuracy"]].mean()
     published = {task for item, task, *_ in paper.index if item == "Table 2"}
@@ -196,6 +204,16 @@ def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list
             for method in ("lissa", "lissa_scaled", "exact")
             if method in auc
         ]
+        rows += [
+            (
+                "not in the paper",
+                f"the same by helpfulness, {label(method)}, gradients of {of}",
+                "",
+                _per_dataset(means["auc_signed"][loss][method]),
+            )
+            for method in ("hessian_free", "datainf", "exact")
+            if method in auc
+        ]
     completion = means["auc"]["completion"]
     if "prompt_similarity" in completion:
         rows.append(
@@ -209,11 +227,11 @@ def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list
     rows += [
         (
             "not in the paper",
-            f"responses exchanged: AUC of DataInf towards the class of the {part}",
+            f"responses exchanged: how often DataInf puts the prompt's class above the response's, by {how}",
             "",
-            _per_dataset(means[f"auc_{part}_class"]["completion"]["datainf"]),
+            _per_dataset(means[column]["completion"]["datainf"]),
         )
-        for part in ("prompt", "response")
+        for how, column in (("|score|", "prompt_preferred"), ("helpfulness", "prompt_preferred_signed"))
     ]
     return rows + [
         (

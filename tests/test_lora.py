@@ -69,8 +69,14 @@ def test_killed_and_called_again_it_ends_with_the_same_weights(task, tmp_path, m
 def test_a_folder_made_from_other_data_is_refused(task, tmp_path):
     classifier.fine_tune("demo-roberta", task, Recipe(**SMALL | {"epochs": 1}), folder=tmp_path)
     other = glue.load("demo-paraphrases", n_train=64, n_validation=40)
-    with pytest.raises(InputError, match="another data of this name: delete that folder"):
+    with pytest.raises(InputError, match="another data: delete that folder"):
         classifier.fine_tune("demo-roberta", other, Recipe(**SMALL), folder=tmp_path)
+
+
+def test_a_folder_made_by_another_recipe_is_refused(task, tmp_path):
+    classifier.fine_tune("demo-roberta", task, Recipe(**SMALL | {"epochs": 1}), folder=tmp_path)
+    with pytest.raises(InputError, match="another recipe: delete that folder"):
+        classifier.fine_tune("demo-roberta", task, Recipe(**SMALL | {"epochs": 2}), folder=tmp_path)
 
 
 def test_a_base_in_the_hubs_format(task, tmp_path):

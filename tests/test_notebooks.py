@@ -75,7 +75,7 @@ def test_record_of_class_detection(sweep):
         assert record[column].dropna().between(0, 1).all()
     # The prompt's own gradients cannot know of another response.
     published = record.loc["as_published"]
-    assert published["auc_prompt_class"].sub(published["auc"]).abs().max() < 1e-6
+    assert published.loc[["hessian_free", "datainf"], "prompt_preferred"].gt(0.5).all()
     assert (record["n_train"] == 40).all() and (record["n_test"] == 20).all()
     assert record["accuracy"].between(0, 1).all() and record["accuracy_base"].between(0, 1).all()
     assert (record["targets"] == "q_proj+v_proj").all() and (record["dataset"] == "math_without_reasoning").all()

@@ -88,6 +88,19 @@ def test_a_stage_is_measured_once_and_remembered(tmp_path):
     assert again == first
 
 
+def test_the_cost_of_a_stage_that_was_killed_is_not_known(tmp_path):
+    with pytest.raises(KeyboardInterrupt), results.stage("work", tmp_path):
+        raise KeyboardInterrupt
+    with results.stage("work", tmp_path) as resumed:
+        pass
+    assert np.isnan(resumed.seconds)
+    with pytest.raises(InputError), results.stage("refused", tmp_path):
+        raise InputError("no")
+    with results.stage("refused", tmp_path) as afresh:
+        pass
+    assert afresh.seconds >= 0
+
+
 def test_the_run_folder_depends_on_the_key():
     key = {"model": "some/base", "dataset": "/data/mrpc", "rank": 4, "seed": 0}
     folder = results.run_folder("cache", **key)
@@ -151,8 +164,8 @@ def identification() -> pd.DataFrame:
             "accuracy": 0.6,
             "accuracy_base": 0.1,
             **dict.fromkeys(["auc", "auc_signed", "recall", "recall_signed"], value - 0.3 * (task == "mine")),
-            "auc_prompt_class": 0.4,
-            "auc_response_class": 0.9,
+            "prompt_preferred": 0.4,
+            "prompt_preferred_signed": 0.9,
         }
         for task in ("sentence_transformations", "math_with_reasoning", "mine")
         for seed in (0, 1)
@@ -176,6 +189,13 @@ def test_class_detection_metrics():
     assert metrics.class_detection(rounded, classes, list("abc"))["auc"].tolist() == pytest.approx(same)
     summary = metrics.mean_and_error(found.assign(auc=[0.5, 0.7, 0.9]))
     assert summary["auc"] == pytest.approx(0.7) and summary["auc_se"] == pytest.approx(0.2 / 3**0.5)
+
+
+def test_preference_of_one_class_to_another():
+    scores = np.array([[4.0, 1.0, 3.0, 9.0], [4.0, 1.0, 3.0, np.inf]])
+    preferred = metrics.preference(scores, ["a", "b", "a", "c"], ["a", "a"], ["b", "c"])
+    assert preferred[0] == 1 and np.isnan(preferred[1])
+    assert metrics.preference(scores[:1], ["a", "a", "b", "c"], ["a"], ["b"])[0] == 0.5
 
 
 def test_class_shares_sum_to_one_and_see_magnitudes_alone():
@@ -247,7 +267,8 @@ def test_ours_beside_the_papers_counts_cells():
     of = "gradients of the response (the paper's text)"
     assert ours[f"DataInf's is above Hessian-free's, {of}"] == "2 of 3 tasks"
     assert ours[f"class-detection AUC of Exact, {of}"].startswith("0.50 (sentence_transformations)")
-    assert ours["responses exchanged: AUC of DataInf towards the class of the response"].startswith("0.90")
+    preferred = [value for claim, value in ours.items() if claim.startswith("responses exchanged")]
+    assert [value[:4] for value in preferred] == ["0.40", "0.90"]
     assert tables.to_markdown(beside).count("\n") == len(beside) + 2
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import datainf
-from datainf import causal_lm, losses
+from datainf import causal_lm, lora, losses
 from datainf.data import math_problems, text, transformations
 from datainf.errors import InputError
 from datainf.lora import Recipe
@@ -272,8 +272,17 @@ def test_tasks_have_adapters_of_their_own(checkpoint, small, tuned, tmp_path):
     second = causal_lm.fine_tune(checkpoint, other, Recipe(**RECIPE), folder=tmp_path / "sentences")
     weights = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (first, second)]
     assert not any(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "lora_B" in name)
-    with pytest.raises(InputError, match="fine-tuned from another data of this name: delete that folder"):
+    with pytest.raises(InputError, match="fine-tuned from another data: delete that folder"):
         causal_lm.fine_tune(checkpoint, other, Recipe(**RECIPE), folder=tmp_path / "math")
+
+
+def test_the_seed_draws_the_adapter(checkpoint):
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.rand(seed + 1)  # whatever was drawn before
+        adapted = lora.attach_adapter(causal_lm.load(checkpoint, seed=seed), Recipe(**RECIPE), "CAUSAL_LM")
+        drawn.append(next(p for name, p in adapted.named_parameters() if "lora_A" in name))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_a_saved_adapter_is_taken_as_it_is(checkpoint, small, tmp_path):
@@ -283,8 +292,13 @@ def test_a_saved_adapter_is_taken_as_it_is(checkpoint, small, tmp_path):
     mine, theirs = ({n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (made, taken))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert taken.history.empty and taken.revision == made.revision
-    with pytest.raises(InputError, match="is of rank 2: set rank to 2"):
-        causal_lm.fine_tune(checkpoint, small, Recipe(**RECIPE | {"rank": 3}), adapter=adapter, folder=tmp_path)
+    for name, said, message in (
+        ("rank", 3, "has rank 2, not 3: set rank to 2"),
+        ("alpha", 2, "has alpha 8, not 2: set alpha to 8"),
+        ("targets", ("q_proj",), r"has targets \['q_proj', 'v_proj'\], not \['q_proj'\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            causal_lm.fine_tune(checkpoint, small, Recipe(**RECIPE | {name: said}), adapter=adapter, folder=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def by_loss(points: pd.DataFrame, title: str) -> Figure:
             **look_of(labels),
         )
         axis.set(title=panel, xlabel="loss whose gradients are compared", ylabel="", ylim=(-0.02, 1.04))
+    axes[0].set_ylabel("class detection")
     legend_beside(figure, axes)
     figure.suptitle(title, fontsize=12)
     return figure
