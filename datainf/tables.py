@@ -164,7 +164,7 @@ def ours_beside_paper(
 def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list[tuple[str, str, str, str]]:
     """The rows of `ours_beside_paper` on class detection, by |score|, one mean over seeds for each task."""
     means = identification.pivot_table(
-        ["auc", "auc_signed", "prompt_preferred", "prompt_preferred_signed"],
+        ["auc", "prompt_preferred", "prompt_preferred_signed"],
         ["dataset", "rank"],
         ["loss", "method"],
         sort=False,
@@ -202,16 +202,6 @@ def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list
                 _per_dataset(auc[method]),
             )
             for method in ("lissa", "lissa_scaled", "exact")
-            if method in auc
-        ]
-        rows += [
-            (
-                "not in the paper",
-                f"the same by helpfulness, {label(method)}, gradients of {of}",
-                "",
-                _per_dataset(means["auc_signed"][loss][method]),
-            )
-            for method in ("hessian_free", "datainf", "exact")
             if method in auc
         ]
     completion = means["auc"]["completion"]
@@ -289,4 +279,4 @@ def to_markdown(table: pd.DataFrame, columns: Iterable[str] | None = None) -> st
     """A table in GitHub's Markdown."""
     table = table if columns is None else table[list(columns)]
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in lines) + "\n"

@@ -270,6 +270,7 @@ def test_ours_beside_the_papers_counts_cells():
     preferred = [value for claim, value in ours.items() if claim.startswith("responses exchanged")]
     assert [value[:4] for value in preferred] == ["0.40", "0.90"]
     assert tables.to_markdown(beside).count("\n") == len(beside) + 2
+    assert r"by \|score\|" in tables.to_markdown(beside)
 
 
 def test_confidence_interval():
