@@ -43,11 +43,12 @@ clean:
 	@echo "Removing the environment, caches and the demo's runs; tracked results stay."
 	@rm -rf $(VENV) cache .snakemake .pytest_cache .ruff_cache results/*/logs results/demo/runs
 
+# --no-compile: what is imported is compiled then, the rest never; it halves the time of the installation.
 $(VENV)/installed: requirements.lock pyproject.toml
 	@echo "Installing the pinned versions into $(VENV) (a few minutes, once)."
 	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 	    { echo "Python 3.11, 3.12 or 3.13 is needed: name one, as in make PYTHON=python3.11 reproduce" >&2; exit 1; }; \
 	    $(PYTHON) -m venv $(VENV); }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
 	@touch $@
