@@ -9,12 +9,8 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
-import torch
-import yaml
 from papermill.exceptions import PapermillExecutionError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from datainf import demo
 from datainf.provenance import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -129,40 +125,6 @@ def test_what_does_not_fit_ends_at_once_in_one_sentence(given, sentence, tmp_pat
     shown = "\n".join(caught.value.traceback)
     assert sentence in shown and "\n" not in shown.strip()
     assert not list(tmp_path.glob("cache/*/checkpoints"))
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ({"task": "sentence_transformation"}, "InputError: There is no task 'sentence_transformation', neither"),
-        ({"loss": "response"}, "InputError: Unknown loss 'response': choose one of completion"),
-        ({"max_length": 20}, "and the context holds 20: shorten it"),
-        ({"adapter": "./nothing"}, "InputError: There is no adapter in ./nothing"),
-        ({"alpha": -1}, "InputError: alpha must be a whole number of at least 0, not -1."),
-    ],
-)
-def test_what_does_not_fit_a_text_run_ends_at_once_in_one_sentence(given, sentence, tmp_path):
-    with pytest.raises(PapermillExecutionError) as caught:
-        execute("30_text_identification", tmp_path, cache=str(tmp_path / "cache"), **(SMALLEST_TEXT | given))
-    shown = "\n".join(caught.value.traceback)
-    assert sentence in shown and "\n" not in shown.strip()
-
-
-@pytest.mark.parametrize("scale", ["laptop", "paper"])
-def test_the_text_notebook_of_a_scale_runs_on_a_checkpoint_in_the_hubs_format(scale, tmp_path):
-    """As config/SCALE.yaml has it, but for the base, the number of examples and, where there is no GPU, 8 bits."""
-    base = str(tmp_path / "base")
-    AutoTokenizer.from_pretrained(demo.LLAMA).save_pretrained(base)
-    AutoModelForCausalLM.from_pretrained(demo.LLAMA, dtype="float32").save_pretrained(base)
-    config = yaml.safe_load((ROOT / "config" / f"{scale}.yaml").read_text())["text"]
-    given = config["parameters"] | {"model": base, "task": config["grid"]["task"][0], "rank": config["grid"]["rank"][0]}
-    given |= {"n_train": 3, "n_test": 1, "epochs": 1, "output": str(tmp_path / "run.csv"), "cache": str(tmp_path / "c")}
-    if not torch.cuda.is_available():
-        given["quantization"] = ""
-    execute("30_text_identification", tmp_path, **given)
-    record = pd.read_csv(tmp_path / "run.csv")
-    assert set(record["loss"]) == {"completion", "as_published"} and record["model"].unique().tolist() == ["base"]
-    assert record["learning_rate"].unique().tolist() == [config["parameters"]["learning_rate"]]
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
