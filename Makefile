@@ -13,6 +13,9 @@ SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(if $(PROFILE),--
            $(if $(DATA),'classification={data: "$(DATA)"}') $(if $(TEXT_MODEL),'text={parameters: {model: "$(TEXT_MODEL)"}}') \
            --rerun-incomplete --keep-going --nolock --quiet rules host reason
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Compiled modules are kept whatever the shell says: the many short runs of a sweep all import the same libraries, which
+# takes three times as long when they are compiled anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help reproduce test lab notebooks clean
 
