@@ -1,17 +1,13 @@
-"""Per-sample gradients of a model's trainable Linear layers.
+"""Per-sample gradients of a model's trainable layers.
 
 For a Linear layer y = x W^T the gradient of one example's loss with respect to W is the sum over its tokens of the
 outer products (dloss/dy_t) x_t^T. One batched forward and one batched backward pass therefore hold everything
 that is needed for every example of the batch: hooks keep x, receive dloss/dy, and contract the two over tokens.
-
-A *layer* is one weight matrix, named as in ``model.named_parameters()``: lora_A and lora_B of an adapted module are
-two, the weight of a trained head is one more. **Biases are left out**, as in the paper's experiments: they are not
-part of any layer here, though they may well have been trained.
+A convolution is a Linear layer on the patches of its input.
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,14 +19,12 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from datainf.layers import Layers, row_gradients, trainable_layers
 from datainf.progress import bar
 from datainf.store import SHARD_BYTES, GradientStore, Shards
 
 LossFn = Callable[[nn.Module, Mapping], Tensor]
 """``loss_fn(model, batch) -> Tensor (batch,)``: one loss per example, each depending on its own example alone."""
-
-Layers = str | Collection[str] | None
-"""Which layers: all trainable Linear weights (None), those whose name a regular expression finds, or these names."""
 
 
 def per_sample_gradients(
@@ -40,11 +34,13 @@ def per_sample_gradients(
     *,
     collate_fn: Callable[[list], Mapping] | None = None,
     batch_size: int = 32,
+    rows_per_example: int = 1,
+    concatenate: bool = False,
     layers: Layers = None,
     dtype: torch.dtype = torch.float32,
     store: str | Path | None = None,
 ) -> GradientStore:
-    """The gradient of every example's loss with respect to every trainable Linear weight.
+    """The gradient of every example's loss with respect to every trainable Linear or Conv2d weight.
 
     Dropout is off. The base stays frozen and the backward pass stops at the lowest layer asked for. Examples of
     like length share a batch; the results are in the order of the dataset. A batch that does not fit in memory is
@@ -56,6 +52,10 @@ def per_sample_gradients(
         loss_fn: ``loss_fn(model, batch) -> Tensor (batch,)``.
         collate_fn: makes a batch of a list of examples; torch's default_collate where none is given.
         batch_size: examples in one forward and backward pass.
+        rows_per_example: how many rows of the model's batch each example is, one after another: as many as there are
+            timesteps in a denoising loss.
+        concatenate: keep the gradients of an example's rows side by side instead of their sum. d_l is then
+            rows_per_example times as large.
         layers: a regular expression searched for in the names, or the names themselves; by default all.
         dtype: in which the gradients are kept. They are computed in float32 at least.
         store: a folder to keep the gradients in. Extraction that was killed goes on where it stopped.
@@ -70,8 +70,9 @@ def per_sample_gradients(
     n = len(dataset)
     if n == 0:
         raise ValueError("The dataset has no examples.")
-    modules = trainable_linears(model, layers)
-    widths = {name: module.weight.numel() for name, module in modules.items()}
+    modules = trainable_layers(model, layers)
+    parts = rows_per_example if concatenate else 1
+    widths = {name: parts * module.weight.numel() for name, module in modules.items()}
     collate_fn = collate_fn or default_collate
 
     if store is None:
@@ -79,11 +80,13 @@ def per_sample_gradients(
         gradients = {name: torch.empty(n, d, dtype=dtype) for name, d in widths.items()}
     else:
         identity = _identity(model, dataset, loss_fn)
+        if concatenate:
+            identity["loss"] += f", {parts} rows side by side"
         shards = Shards.create(store, n, widths, dtype, shard_bytes=SHARD_BYTES, identity=identity)
         ranges = [shards.bounds(index) for index in shards.missing()]
 
     with (
-        _recording(model, modules) as differentiate,
+        _recording(model, modules, rows_per_example, parts) as differentiate,
         bar(total=n, desc="per-sample gradients", unit="example") as progress,
     ):
         progress.update(n - sum(stop - start for start, stop in ranges))
@@ -110,7 +113,7 @@ def reference_gradients(
     layers: Layers = None,
 ) -> GradientStore:
     """The oracle: one example, one plain ``backward()``, read ``.grad``. As `per_sample_gradients`, but slow."""
-    modules = trainable_linears(model, layers)
+    modules = trainable_layers(model, layers)
     collate_fn = collate_fn or default_collate
     device = next(model.parameters()).device
     kept = {parameter: parameter.grad for parameter in model.parameters()}
@@ -130,43 +133,6 @@ def reference_gradients(
     return GradientStore({name: torch.stack(rows) for name, rows in gradients.items()})
 
 
-def trainable_linears(model: nn.Module, layers: Layers = None) -> dict[str, nn.Linear]:
-    """Layer name -> the Linear module whose weight it is, for every trainable Linear weight that `layers` admits.
-
-    Raises:
-        ValueError: there are none, a name in `layers` is not among them, or the adapter's weights act other than
-            through their Linear modules (DoRA).
-    """
-    modules = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad
-    }
-    if not modules:
-        raise ValueError(
-            "The model has no trainable Linear weight: attach an adapter, and load a saved one with is_trainable=True."
-        )
-    if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules() if _is_tuner(module)):
-        raise ValueError("DoRA adapters are not supported: their weights act other than through their Linear modules.")
-    if layers is None:
-        return modules
-    if isinstance(layers, str):
-        chosen = {name: module for name, module in modules.items() if re.search(layers, name)}
-    else:
-        if unknown := [name for name in layers if name not in modules]:
-            raise ValueError(f"No trainable Linear weight is called {unknown[0]!r}; there is {next(iter(modules))!r}.")
-        chosen = {name: modules[name] for name in layers}
-    if not chosen:
-        raise ValueError(
-            f"layers={layers!r} matches none of the {len(modules)} layers, such as {next(iter(modules))!r}."
-        )
-    return chosen
-
-
-def _is_tuner(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "use_dora", None), Mapping)
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout off, and back on where it was on."""
@@ -180,8 +146,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[Callable]:
-    """Yield ``differentiate(loss_fn, batch, size) -> {layer: (size, d_l)}``; the model is restored on leaving.
+def _recording(
+    model: nn.Module, modules: Mapping[str, nn.Module], rows_per_example: int, parts: int
+) -> Iterator[Callable]:
+    """Yield ``differentiate(loss_fn, batch, examples) -> {layer: (examples, d_l)}``; the model is restored on leaving.
+
+    An example is `rows_per_example` rows of the model's batch; their gradients are summed (`parts` 1) or stand side by
+    side (`parts` as many).
 
     Every parameter is frozen, so that autograd computes no weight gradient at all. The graph begins where the first
     recorded layer's output is made to require a gradient; nothing below it is differentiated.
@@ -192,17 +163,17 @@ def _recording(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[C
     size = 0
 
     def record(name: str, inputs: Tensor, output_gradient: Tensor) -> None:
-        if len(inputs) != size:
+        if len(inputs) != size * rows_per_example:
             raise ValueError(
-                f"Layer {name!r} sees {len(inputs)} rows for a batch of {size} examples: "
+                f"Layer {name!r} sees {len(inputs)} rows for a batch of {size} examples of {rows_per_example} each: "
                 "it mixes examples, so its per-sample gradient cannot be told apart."
             )
-        values = contract(inputs, output_gradient)
+        values = row_gradients(modules[name], inputs, output_gradient, size * parts).view(size, -1)
         # A module used twice in one forward pass contributes the sum of its uses.
         current[name] = current[name] + values if name in current else values
 
     def forward_hook(name: str):
-        def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             inputs = args[0].detach()
             if not output.requires_grad:
                 output.requires_grad_()
@@ -218,7 +189,7 @@ def _recording(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[C
         check_losses(losses, examples)
         losses.sum().backward()
         return {
-            name: current[name] if name in current else module.weight.new_zeros(size, module.weight.numel())
+            name: current[name] if name in current else module.weight.new_zeros(size, parts * module.weight.numel())
             for name, module in modules.items()
         }
 
@@ -233,14 +204,6 @@ def _recording(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[C
             handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def contract(inputs: Tensor, output_gradient: Tensor) -> Tensor:
-    """Sum over tokens of (dloss/dy_t) x_t^T, for each example: (b, ..., in), (b, ..., out) -> (b, out * in)."""
-    at_least_float32 = torch.promote_types(inputs.dtype, torch.float32)
-    x = inputs.reshape(len(inputs), -1, inputs.shape[-1]).to(at_least_float32)
-    dy = output_gradient.reshape(len(inputs), -1, output_gradient.shape[-1]).to(at_least_float32)
-    return torch.einsum("bto,bti->boi", dy, x).flatten(1)
 
 
 def check_losses(losses: Tensor, examples: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import datainf
-from datainf.gradients import trainable_linears
+from datainf.layers import trainable_layers
 from datainf.losses import classification
 
 FAMILIES = ("roberta", "bert", "llama")
@@ -32,7 +32,7 @@ def test_hooks_equal_the_loop(family, dtype, tolerance, batch_size, make_model, 
 
 
 def test_which_layers_there_are(make_model):
-    names = list(trainable_linears(make_model("roberta", rank=3)))
+    names = list(trainable_layers(make_model("roberta", rank=3)))
     assert len(names) == 3 * 2 + 2  # lora_A and lora_B of three value matrices, two matrices of the head
     assert sum("lora_A" in name for name in names) == sum("lora_B" in name for name in names) == 3
     assert names[-1].endswith("classifier.modules_to_save.default.out_proj.weight")
@@ -208,7 +208,7 @@ def test_bad_input_is_named_in_one_sentence(make_model, token_examples, pad_coll
     raises("The dataset has no examples", model, [], classification, **collate)
     raises("matches none of the 8 layers", model, token_examples, classification, layers="q_proj", **collate)
     raises(
-        "No trainable Linear weight is called 'x'",
+        "No trainable weight is called 'x'",
         model,
         token_examples,
         classification,
@@ -236,7 +236,7 @@ def test_bad_input_is_named_in_one_sentence(make_model, token_examples, pad_coll
     raises("it mixes examples", MixesExamples(), list(torch.ones(3, 8)), lambda model, batch: model(batch))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    raises("no trainable Linear weight", model, token_examples, classification, **collate)
+    raises("no trainable Linear or Conv2d weight", model, token_examples, classification, **collate)
 
 
 @pytest.mark.gpu
@@ -248,3 +248,61 @@ def test_gpu_equals_cpu(family, make_model, token_examples, pad_collate):
     on_cpu = datainf.per_sample_gradients(model, token_examples, classification, **arguments)
     on_gpu = datainf.per_sample_gradients(model.cuda(), token_examples, classification, **arguments)
     assert relative_error(on_gpu, on_cpu) <= 1e-10
+
+
+# Convolutions, and examples of several rows.
+
+
+def squares(model, batch):
+    """One number for each example, of all its rows."""
+    return model(batch["x"].flatten(0, 1)).square().flatten(1).sum(dim=1).view(len(batch["x"]), -1).sum(dim=1)
+
+
+def images_of(rows):
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(rows, 3, 9, 9, generator=generator, dtype=torch.float64)} for _ in range(5)]
+
+
+@pytest.mark.parametrize("shape", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": (2, 0)}])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_convolutions_equal_the_loop(shape, rows):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, (3, 2), **shape), nn.Tanh(), nn.Conv2d(4, 2, 1)).double()
+    arguments = (model, images_of(rows), squares)
+    fast = datainf.per_sample_gradients(*arguments, rows_per_example=rows, batch_size=2, dtype=torch.float64)
+    assert relative_error(fast, datainf.reference_gradients(*arguments)) <= 1e-12
+
+
+def test_rows_side_by_side_are_the_gradients_of_the_rows():
+    torch.manual_seed(0)
+    model, examples = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(196, 2)).double(),
+        images_of(3),
+    )
+    wide = datainf.per_sample_gradients(
+        model, examples, squares, rows_per_example=3, concatenate=True, batch_size=2, dtype=torch.float64
+    )
+    apart = [{"x": row[None]} for example in examples for row in example["x"]]
+    plain = datainf.reference_gradients(model, apart, squares)
+    assert relative_error(wide, {name: rows.view(5, -1) for name, rows in plain.items()}) <= 1e-12
+
+
+def test_rows_that_are_not_the_models_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
+    with pytest.raises(ValueError, match="sees 6 rows for a batch of 2 examples of 1 each"):
+        datainf.per_sample_gradients(model, images_of(3)[:2], squares)
+
+
+@pytest.mark.parametrize("shape", [{"groups": 3}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_convolutions_that_are_no_matrix_on_patches_are_refused(shape):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, **shape)).double()
+    with pytest.raises(ValueError, match="'0.weight' is not supported"):
+        datainf.per_sample_gradients(model, images_of(1), squares)
+
+
+def test_a_store_of_rows_side_by_side_is_told_from_one_of_their_sum(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
+    arguments = {"rows_per_example": 2, "store": tmp_path / "store"}
+    datainf.per_sample_gradients(model, images_of(2), squares, **arguments)
+    with pytest.raises(ValueError):
+        datainf.per_sample_gradients(model, images_of(2), squares, concatenate=True, **arguments)
