@@ -15,56 +15,30 @@ from datasets import Dataset
 from filelock import FileLock
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from peft.utils import get_peft_model_state_dict
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer_callback import PrinterCallback
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from datainf import demo, progress
+from datainf import demo, training
 from datainf.errors import InputError
 from datainf.files import write_whole
+from datainf.gradients import LossFn
 from datainf.provenance import weights_revision
+from datainf.training import Recipe
 
 ADAPTER, HISTORY, ORIGIN, CHECKPOINTS = "adapter", "history.csv", "origin.json", "checkpoints"
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """An adapter's shape and how it is trained; the defaults are the paper's for RoBERTa (D.1).
-
-    Attributes:
-        alpha: LoRA's scaling numerator; 0 means `rank`, so that the adapter is not scaled.
-        targets: names of the modules that get an adapter.
-        bf16: fine-tune in bfloat16 mixed precision; gradients are taken in float32 all the same.
-
-    Raises:
-        InputError: a value that no fine-tuning can work with.
-    """
-
-    rank: int = 4
-    alpha: int = 0
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ("value",)
-    learning_rate: float = 3e-4
-    epochs: int = 10
-    batch_size: int = 32
-    seed: int = 0
-    bf16: bool = False
-
-    def __post_init__(self):
-        for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("alpha", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be positive, not {self.learning_rate!r}.")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be a share from 0 up to 1, not {self.dropout!r}.")
+__all__ = [
+    "FineTuned",
+    "Recipe",
+    "attach_adapter",
+    "fine_tune",
+    "from_pretrained",
+    "load_adapter",
+    "no_history",
+    "on_device",
+    "quiet",
+]
 
 
 @dataclass(frozen=True)
@@ -76,7 +50,8 @@ class FineTuned:
         tokenizer: the base's.
         train, query: tokenized datasets; the queries are the validation or test examples.
         collate: makes a padded batch of a list of their rows.
-        history: one row per epoch: epoch, loss (mean training loss), query_loss, and accuracy of a classifier.
+        history: a row per epoch, or five in all where the recipe counts steps: step, epoch, loss (mean training loss),
+            query_loss, and accuracy of a classifier.
         revision: which base: the hub's commit, or a hash of the weights in its folder.
     """
 
@@ -120,7 +95,7 @@ def from_pretrained(loader: Any, base: str, **options) -> Any:
         ) from error
 
 
-def attach_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> PeftModel:
+def attach_adapter(model: nn.Module, recipe: Recipe, task_type: str | None) -> PeftModel:
     """Freeze `model` and put a LoRA adapter on every module that the recipe's targets name.
 
     A classifier's head (`task_type` "SEQ_CLS") is left trainable.
@@ -140,11 +115,12 @@ def attach_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> Pe
     except ValueError as error:
         raise InputError(
             f"{type(model).__name__} cannot carry a LoRA adapter on {', '.join(recipe.targets)}: choose targets among "
-            "the names of its modules, such as value (BERT, RoBERTa) or q_proj and v_proj (Llama)."
+            "the names of its modules, such as value (BERT, RoBERTa), q_proj and v_proj (Llama) or to_q, to_k and to_v "
+            "(the UNet of Stable Diffusion)."
         ) from error
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     """The base `model` with the adapter that was saved in `folder`, trainable.
 
     Raises:
@@ -167,30 +143,33 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     return adapted
 
 
-def _misfit(folder: str, model: PreTrainedModel, why: str) -> str:
-    return f"The adapter in {folder} does not fit the base {model.name_or_path or type(model).__name__}: {why}."
+def _misfit(folder: str, model: nn.Module, why: str) -> str:
+    base = getattr(model, "name_or_path", "") or type(model).__name__
+    return f"The adapter in {folder} does not fit the base {base}: {why}."
 
 
 def fine_tune(
-    load: Callable[[], PreTrainedModel],
+    load: Callable[[], nn.Module],
     train: Dataset,
     query: Dataset,
     collate: Callable[[list], dict],
     recipe: Recipe,
     *,
-    task_type: str,
+    task_type: str | None,
     data_revision: str,
     folder: str | Path,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    loss: LossFn | None = None,
 ) -> tuple[PeftModel, pd.DataFrame, str]:
     """Fine-tune the base that `load` gives, or load what an earlier call with this `folder` has finished.
 
-    A call that was killed goes on from its last whole epoch and ends with the same weights.
+    A call that was killed goes on from its last checkpoint and ends with the same weights.
 
     Args:
         load: gives the base afresh, with the same weights each time.
         data_revision: which data; a folder made from other data is refused.
         folder: keeps the adapter, the curve and the checkpoints.
+        loss: one loss per example; by default the model's own.
 
     Returns:
         The model with its adapter, the curve by epoch, and the base's revision: see `FineTuned`.
@@ -207,8 +186,9 @@ def fine_tune(
         _check_origin(folder / ORIGIN, {"base": revision, "data": data_revision, "recipe": asdict(recipe)})
         if not (folder / HISTORY).is_file():
             adapted = attach_adapter(model, recipe, task_type)
-            arguments = _arguments(recipe, folder / CHECKPOINTS)
-            history = _train(adapted, arguments, train, query, collate, compute_metrics)
+            history = training.train(
+                adapted, train, query, collate, recipe, folder / CHECKPOINTS, compute_metrics=compute_metrics, loss=loss
+            )
             adapted.save_pretrained(folder / ADAPTER)
             # Written last: its presence says that the adapter beside it is finished.
             write_whole(folder / HISTORY, history.to_csv(index=False))
@@ -229,28 +209,7 @@ def on_device(model: PeftModel) -> PeftModel:
 
 def no_history() -> pd.DataFrame:
     """The curve of an adapter that came from elsewhere: no rows."""
-    return pd.DataFrame(columns=["epoch", "loss", "query_loss"], dtype=float)
-
-
-def _arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        learning_rate=recipe.learning_rate,
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        save_total_limit=1,
-        train_sampling_strategy="group_by_length",  # like lengths share a batch: far less padding
-        seed=recipe.seed,
-        bf16=recipe.bf16,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-    )
+    return pd.DataFrame(columns=["step", "epoch", "loss", "query_loss"], dtype=float)
 
 
 def _check_origin(path: Path, origin: Mapping[str, object]) -> None:
@@ -265,45 +224,3 @@ def _check_origin(path: Path, origin: Mapping[str, object]) -> None:
         raise InputError(
             f"{path.parent} holds a model fine-tuned from another {differs}: delete that folder, or give another."
         )
-
-
-class _Progress(TrainerCallback):
-    """One bar over all steps; it begins where a checkpoint left off."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = progress.bar(total=state.max_steps, initial=state.global_step, desc="fine-tuning")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-def _train(
-    model: PeftModel, arguments: TrainingArguments, train: Dataset, query: Dataset, collate, compute_metrics
-) -> pd.DataFrame:
-    """Run the Trainer, from its last checkpoint where there is one, and return the curve by epoch."""
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=query,
-        data_collator=collate,
-        compute_metrics=compute_metrics,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress)
-    trainer.train(resume_from_checkpoint=_last_whole(Path(arguments.output_dir)))
-    log = pd.DataFrame(trainer.state.log_history)
-    curves = {"loss": "loss", "eval_loss": "query_loss", "eval_accuracy": "accuracy"}
-    by_epoch = {
-        name: log.dropna(subset=logged).set_index("epoch")[logged] for logged, name in curves.items() if logged in log
-    }
-    return pd.DataFrame(by_epoch).rename_axis("epoch").reset_index()
-
-
-def _last_whole(checkpoints: Path) -> str | None:
-    """The last checkpoint that was written to its end: trainer_state.json is the last of its files."""
-    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None

@@ -47,15 +47,19 @@ def weights_revision(model: nn.Module) -> str:
     if revision := getattr(model.config, "_commit_hash", None):
         return revision[:12]
     digest = hashlib.sha256()
-    for name, parameter in model.base_model.named_parameters():
+    base = getattr(model, "base_model", model)  # of a transformer without its head
+    for name, parameter in base.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return f"sha256:{digest.hexdigest()[:12]}"
 
 
 # The modules that fine-tuned models and gradients depend on; all that a run's numbers depend on; those that draw.
-FINE_TUNING = ("gradients", "store", "losses", "lora", "classifier", "causal_lm", "data", "demo")
-NUMERIC = (*FINE_TUNING, "rows", "influence", "metrics")
+FINE_TUNING = (
+    *("layers", "gradients", "store", "losses", "lora", "training", "classifier", "causal_lm", "diffusion"),
+    *("data", "demo"),
+)
+NUMERIC = (*FINE_TUNING, "rows", "influence", "metrics", "frechet")
 DRAWING = ("metrics", "plotting", "results", "tables")
 
 

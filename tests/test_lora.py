@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import datainf
-from datainf import classifier, demo, lora, losses
+from datainf import classifier, demo, losses, training
 from datainf.data import glue
 from datainf.errors import InputError
 from datainf.lora import Recipe
@@ -32,7 +32,9 @@ def test_the_same_call_gives_the_same_model_and_loads_what_is_there(task, tmp_pa
     loaded = classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "a")
     assert equal(weights(first), weights(again)) and not equal(weights(first), weights(other))
     assert equal(weights(first), weights(loaded))
-    assert list(first.history.columns) == ["epoch", "loss", "query_loss", "accuracy"] and len(first.history) == 3
+    assert (
+        list(first.history.columns) == ["step", "epoch", "loss", "query_loss", "accuracy"] and len(first.history) == 3
+    )
     assert loaded.accuracy == pytest.approx(first.accuracy)
     assert first.revision == loaded.revision and first.revision.startswith("sha256:")
     assert not (tmp_path / "a" / "checkpoints").exists()
@@ -56,7 +58,7 @@ def test_killed_and_called_again_it_ends_with_the_same_weights(task, tmp_path, m
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora._Progress, "on_step_end", dies)
+        patch.setattr(training._Progress, "on_step_end", dies)
         with pytest.raises(KeyboardInterrupt):
             classifier.fine_tune("demo-roberta", task, Recipe(**SMALL), folder=tmp_path / "cut")
     # What a kill in the middle of writing a checkpoint leaves behind.
