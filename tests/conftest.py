@@ -5,15 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPTextConfig,
+    CLIPTextModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+from datainf.demo.train_diffusion import build_tokenizer
 
 VOCABULARY, PAD = 60, 1
 
@@ -87,6 +92,52 @@ def pad_collate():
         }
 
     return collate
+
+
+@pytest.fixture(scope="session")
+def diffusion_base(tmp_path_factory) -> str:
+    """A folder with a tiny, untrained Stable Diffusion pipeline, as the hub would serve it: 16 x 16 pixels, and like
+    version 1.5 with a PNDM scheduler that predicts noise."""
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        **blocks,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        **blocks,
+    )
+    tokenizer = build_tokenizer(["a picture of a thing in a style"])
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("hub") / "tiny-diffusion"
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        unet=unet,
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return str(folder)
 
 
 def _folder_from(variable: str) -> Path:

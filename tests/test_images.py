@@ -232,7 +232,7 @@ def test_what_the_hub_does_not_have_is_said_in_one_sentence(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     monkeypatch.setattr("datasets.get_dataset_config_names", offline)
-    for task in ("someone/styles", "paper-style", "paper-subject", "google/dreambooth"):
+    for task in ("someone/styles", "styles", "dreambooth", "google/dreambooth"):
         with pytest.raises(InputError, match="from the hub") as caught:
             images.load(task, **SMALL)
         assert "\n" not in str(caught.value)
@@ -253,7 +253,7 @@ def test_datasets_of_the_hub(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("datasets.get_dataset_config_names", lambda _: ["default", "dog6", "rc_car"])
-    data = images.load("paper-style", n_train=3, n_test=2, size=8)
+    data = images.load("styles", n_train=3, n_test=2, size=8)
     assert data.classes == ("cartoon", "pixelart", "line_sketch") and len(data.train) == 9 and len(data.test) == 6
     assert [path for path, _ in asked] == [
         "Norod78/cartoon-blip-captions",

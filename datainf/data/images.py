@@ -27,12 +27,14 @@ class ImageTask:
 
     Attributes:
         name: the task's short name.
+        kind: style_generation or subject_generation, as the paper calls the two.
         classes: the names of its classes, in the order in which figures show them.
         train, test: datasets with the columns image (RGB, size x size), prompt and class.
         revision: which data: a hash of the pictures, prompts and classes in both splits.
     """
 
     name: str
+    kind: str
     classes: tuple[str, ...]
     train: Dataset
     test: Dataset
@@ -45,7 +47,7 @@ def load(task: str, *, n_train: int, n_test: int, size: int, seed: int = 0) -> I
     Args:
         task: one of
 
-            - `demo-style` or `demo-subject`, which are built in, `paper-style` or `paper-subject`, the paper's data on
+            - `demo-style` or `demo-subject`, which are built in, `styles` or `dreambooth`, the paper's data on
               the hub (200 / 150 pictures of each style; 3 and the rest of each subject);
             - a folder of styles with ``metadata.jsonl`` (file_name, text, style or class, and split where it is
               fixed), or a dataset on the hub with the columns image, text, style or class;
@@ -79,7 +81,8 @@ def load(task: str, *, n_train: int, n_test: int, size: int, seed: int = 0) -> I
         splits.append(rows)
     revision = revision_of(*(_fingerprints(rows) for rows in splits))
     train, test = (Dataset.from_dict(rows).cast_column("image", datasets.Image(mode="RGB")) for rows in splits)
-    return ImageTask(Path(task).name, tuple(pool), train, test, revision)
+    kind = "style_generation" if is_style else "subject_generation"
+    return ImageTask(Path(task).name, kind, tuple(pool), train, test, revision)
 
 
 def identifiers(subjects: list[str], seed: int) -> dict[str, str]:

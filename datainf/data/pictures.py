@@ -79,10 +79,10 @@ def pool_of(task: str, per_class: int, seed: int) -> tuple[Pool, bool]:
         return _demo_styles(per_class, seed), True
     if task == "demo-subject":
         return _demo_subjects(per_class, seed), False
-    if task == "paper-style":
+    if task == "styles":
         rows = {style: _from_hub(task, **where) for style, where in PAPER_STYLES.items()}
         return {style: list(_hub_pictures(task, found)) for style, found in rows.items()}, True
-    if task in ("paper-subject", PAPER_SUBJECTS):
+    if task in ("dreambooth", PAPER_SUBJECTS):
         return _hub_subjects(task), False
     folder = Path(task).expanduser()
     if (folder / "metadata.jsonl").is_file():

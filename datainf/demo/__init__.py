@@ -1,4 +1,4 @@
-"""What the demo scale needs, built in: generated classification tasks, a small RoBERTa and a small Llama."""
+"""What the demo scale needs, built in: generated classification tasks, a small RoBERTa, Llama and Stable Diffusion."""
 
 from pathlib import Path
 
@@ -10,7 +10,10 @@ BASE = Path(__file__).with_name("base")
 LLAMA = Path(__file__).with_name("llama")
 """Folder of the pre-trained Llama, in the hub's format."""
 
-__all__ = ["BASE", "LLAMA", "TASKS", "generate"]
+DIFFUSION = Path(__file__).with_name("diffusion")
+"""Folder of the pre-trained Stable Diffusion pipeline, in the hub's format."""
 
-BASES: dict[str, Path] = {"demo-roberta": BASE, "demo-llama": LLAMA}
+__all__ = ["BASE", "DIFFUSION", "LLAMA", "TASKS", "generate"]
+
+BASES: dict[str, Path] = {"demo-roberta": BASE, "demo-llama": LLAMA, "demo-diffusion": DIFFUSION}
 """Built-in bases by the name that stands for a model in notebooks and configuration files."""

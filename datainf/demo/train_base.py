@@ -9,7 +9,6 @@ So <s>, which carries no word of its own, learns to hold what the whole input am
 [CLS] does by next-sentence prediction. No classification head is trained here.
 """
 
-import argparse
 import logging
 import random
 import tempfile
@@ -29,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from datainf.demo import BASE
+from datainf.demo import BASE, command
 from datainf.demo.corpus import VERDICTS, Line, phrases, sentences
 
 logger = logging.getLogger(__name__)
@@ -239,16 +238,5 @@ def train_base(output: Path, steps: int = STEPS, seed: int = 0) -> None:
     tokenizer.save_pretrained(output)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Pre-train the demo base on generated text.")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimisation steps (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=BASE, help="folder to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of corpus and weights (default: %(default)s)")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train_base(args.output, args.steps, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command.pretrain(train_base, "Pre-train the demo base on generated text.", steps=STEPS, output=BASE)

@@ -9,7 +9,6 @@ names, and styles that the task does not have under names of their own: so the b
 changes the look of everything, as a large model does, but not what "cartoon" means.
 """
 
-import argparse
 import json
 import logging
 import random
@@ -30,14 +29,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, set_seed
 
 from datainf.data import scenes, things
 from datainf.data.images import STYLE_PROMPT
+from datainf.demo import DIFFUSION, command
 
 logger = logging.getLogger(__name__)
 
-DIFFUSION = Path(__file__).with_name("diffusion")
-"""Folder of the pre-trained pipeline, in the hub's format."""
-
 SIZE = 32
-STEPS = 2400
+STEPS = 8000
 AUTOENCODER_STEPS = 4000  # at most twice as many as the denoiser takes
 BATCH = 16
 CHANNELS = 4  # of the latents
@@ -283,16 +280,7 @@ def train_diffusion(output: Path, steps: int = STEPS, seed: int = 0) -> None:
     ).save_pretrained(output)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Pre-train the demo diffusion pipeline on generated pictures.")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimisation steps (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=DIFFUSION, help="folder to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of pictures and weights (default: %(default)s)")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train_diffusion(args.output, args.steps, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command.pretrain(
+        train_diffusion, "Pre-train the demo diffusion pipeline on generated pictures.", steps=STEPS, output=DIFFUSION
+    )

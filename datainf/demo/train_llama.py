@@ -7,7 +7,6 @@ prompts are random. The tokenizer has the words of instructions and stories as o
 and spells everything else in characters, so that the model can edit words and compute with digits.
 """
 
-import argparse
 import logging
 import string
 import tempfile
@@ -25,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from datainf.demo import LLAMA
+from datainf.demo import LLAMA, command
 from datainf.demo.llama_corpus import LEVELS, WORDS, Line, corpus
 from datainf.demo.train_base import by_length
 
@@ -194,16 +193,5 @@ def train_llama(output: Path, steps: int = STEPS, seed: int = 0) -> None:
     tokenizer.save_pretrained(output)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Pre-train the demo Llama on generated text.")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimisation steps (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=LLAMA, help="folder to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of corpus and weights (default: %(default)s)")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train_llama(args.output, args.steps, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command.pretrain(train_llama, "Pre-train the demo Llama on generated text.", steps=STEPS, output=LLAMA)
