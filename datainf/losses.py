@@ -65,6 +65,44 @@ def text(name: str, reduction: str) -> Callable[[nn.Module, Mapping[str, Tensor]
     return partial(TEXT[name], reduction=reduction)
 
 
+def denoising(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str = "mean") -> Float[Tensor, " batch"]:
+    """Squared error of what a diffusion model says about the noise in a picture's latents (paper section 4.3).
+
+    `batch` is of `diffusion.NoisyLatents`: ``sample`` and ``target`` (batch, T, channels, height, width), the latents
+    with noise and what the model should say, ``timestep`` (batch, T), and ``encoder_hidden_states`` (batch, tokens,
+    width) of the prompt. The T noisy versions of all examples go through the model together; the error is averaged over
+    the latents of each, and over the versions by `reduction`, "mean" or "sum".
+    """
+    versions = batch["timestep"].shape[1]
+    predicted = model(
+        batch["sample"].flatten(0, 1),
+        batch["timestep"].flatten(),
+        batch["encoder_hidden_states"].repeat_interleave(versions, dim=0),
+    ).sample
+    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+    by_version = (predicted - batch["target"].flatten(0, 1)).square().flatten(1).mean(dim=1).view(-1, versions)
+    return by_version.mean(dim=1) if reduction == "mean" else by_version.sum(dim=1)
+
+
+IMAGE: dict[str, dict[str, object]] = {
+    "mean": {"loss_fn": denoising, "concatenate": False},
+    "concat": {"loss_fn": partial(denoising, reduction="sum"), "concatenate": True},
+}
+"""What `per_sample_gradients` is told for the gradient of the mean over the noisy versions, and for the gradients of
+them all side by side, as the published code has it."""
+
+
+def image(name: str) -> dict[str, object]:
+    """An entry of `IMAGE`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in IMAGE:
+        raise InputError(f"Unknown loss {name!r}: choose one of {', '.join(IMAGE)}.")
+    return IMAGE[name]
+
+
 def _negative_log_likelihood(
     model: nn.Module, batch: Mapping[str, Tensor], counted: Bool[Tensor, "batch tokens"], reduction: str
 ) -> Float[Tensor, " batch"]:
