@@ -1,7 +1,7 @@
 """How good are scores: at ranking mislabeled examples first, at agreeing with the exact influence, and at finding the
 training examples of a query's own class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
+from sklearn.metrics.pairwise import cosine_similarity
 
 
 def detection_auc(scores: Float[np.ndarray, " n"], flipped: Bool[np.ndarray, " n"]) -> float:
@@ -78,6 +79,30 @@ def class_detection(
     return found
 
 
+def class_detection_table(
+    scores: Mapping[tuple[str, str], Float[np.ndarray, "m n"]],
+    similarities: Mapping[tuple[str, str], Float[np.ndarray, "m n"]],
+    **classes: Sequence[str],
+) -> pd.DataFrame:
+    """`class_detection` of every (loss, method), mean and standard error over the queries.
+
+    Args:
+        scores: influence scores. auc and recall are by their absolute values, auc_signed and recall_signed by
+            helpfulness, the negated score.
+        similarities: references without influence, the larger the more alike, ranked as they are in both.
+        classes: train_classes and query_classes, as for `class_detection`.
+
+    Returns:
+        A row per (loss, method): auc, recall, auc_signed, recall_signed, each also with ``_se``.
+    """
+    ranked = {key: (np.abs(S), -S) for key, S in scores.items()} | {key: (S, S) for key, S in similarities.items()}
+    table = {}
+    for key, (absolute, helpful) in ranked.items():
+        signed = class_detection(helpful, **classes).add_suffix("_signed")
+        table[key] = mean_and_error(pd.concat([class_detection(absolute, **classes), signed], axis=1))
+    return pd.DataFrame(table).T.rename_axis(["loss", "method"])
+
+
 def preference(
     scores: Float[np.ndarray, "m n"], train_classes: Sequence[str], one: Sequence[str], other: Sequence[str]
 ) -> pd.Series:
@@ -119,6 +144,14 @@ def class_shares(
     pairs = pd.DataFrame(np.abs(scores), index=list(query_classes), columns=list(train_classes))
     means = pairs.groupby(level=0).mean().T.groupby(level=0).mean().T.loc[list(order), list(order)]
     return means.div(means.sum(axis=1), axis=0)
+
+
+def picture_similarity(
+    train: Float[np.ndarray, "n ..."], query: Float[np.ndarray, "m ..."]
+) -> Float[np.ndarray, "m n"]:
+    """Cosine similarity of pictures' latents, centred on the training pictures' mean: what looking alone achieves."""
+    mean = train.mean(axis=0)
+    return cosine_similarity((query - mean).reshape(len(query), -1), (train - mean).reshape(len(train), -1))
 
 
 def prompt_similarity(train_prompts: Sequence[str], query_prompts: Sequence[str]) -> Float[np.ndarray, "m n"]:

@@ -35,7 +35,6 @@ RUN_COLUMNS = [
     "batch_size",
     "damping",
     "layers",
-    "accuracy",
 ]
 
 
@@ -152,7 +151,12 @@ def paper_reported(folder: str | Path) -> pd.DataFrame:
 
 
 # The parameters of a run that concern what is done with its fine-tuned model, not what it is.
-AFTERWARDS = {"methods", "loss", "other_losses", "reduction", "damping", "cache", "output"}
+AFTERWARDS = {
+    *("methods", "loss", "other_losses", "reduction", "damping", "cache", "output"),
+    *("timesteps", "draws", "stability", "inference_steps", "guidance", "inception"),
+}
+# Those that a record has in other columns, or has no use for; a task is the column dataset.
+UNRECORDED = {"task", "methods", "loss", "other_losses", "cache", "output", "stability", "inception"}
 
 
 def fine_tuning_key(run: Mapping[str, object]) -> dict[str, object]:
@@ -170,12 +174,11 @@ def run_facts(run: Mapping[str, object], experiment: str, *, task, tuned, n_laye
 
     Folders and hub ids are given by their last part, so that a record names no one's disk.
     """
-    left_out = AFTERWARDS - {"damping", "reduction"} | {"task"}  # which is the column dataset
-    known = {name: value for name, value in run.items() if name not in left_out}
-    lists = {name: "+".join(value) for name, value in known.items() if isinstance(value, list)}
+    known = {name: value for name, value in run.items() if name not in UNRECORDED}
+    lists = {name: "+".join(map(str, value)) for name, value in known.items() if isinstance(value, list)}
     folders = {name: Path(known[name]).name for name in ("model", "adapter") if name in known}
     if known.get("adapter"):  # it was not made here
-        known |= dict.fromkeys(("epochs", "learning_rate", "bf16"), float("nan"))
+        known |= dict.fromkeys({"epochs", "steps", "learning_rate", "bf16"} & known.keys(), float("nan"))
     return {
         **known,
         **lists,

@@ -43,8 +43,13 @@ def mean_and_error(values: pd.Series) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.sem():.3f}" if len(values) > 1 else "")
 
 
-# Whose likelihood the gradients are of, as the two texts that a loss can be justified by have it.
-LOSSES = {"completion": "the response (the paper's text)", "as_published": "the prompt (its published code)"}
+# What the gradients are of, as the two texts that a loss can be justified by have it.
+LOSSES = {
+    "completion": "the response (the paper's text)",
+    "as_published": "the prompt (its published code)",
+    "mean": "the mean over timesteps",
+    "concat": "the timesteps side by side (its published code)",
+}
 
 
 def class_detection(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
@@ -57,6 +62,7 @@ def class_detection(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.
     cells = identification.groupby(["dataset", "method", "loss"], sort=False)
     ours = cells[["auc", "recall", "auc_signed"]].agg(mean_and_error)
     paper = reported.query("item == 'Table 2'").set_index(["dataset", "method", "metric"])["value"].unstack()
+    paper = _by_our_names(paper, identification)
     table = {}
     for metric, name in (("auc", "AUC"), ("recall", "recall")):
         by_loss = ours[metric].unstack("loss")
@@ -66,6 +72,21 @@ def class_detection(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.
     by_loss = ours["auc_signed"].unstack("loss")
     table |= {f"AUC by helpfulness, {loss}": by_loss[loss] for loss in LOSSES if loss in by_loss}
     return pd.DataFrame(table).reindex(by_loss.index).fillna("").rename(label, level="method")
+
+
+def _by_our_names(paper: pd.DataFrame, identification: pd.DataFrame) -> pd.DataFrame:
+    """The paper's rows of these tasks, under the names of the datasets that stand for them here.
+
+    A record of pictures names the paper's task in its column `kind`; a text task has the paper's own name.
+    """
+    tasks = _kind_of(identification).groupby(identification["dataset"], sort=False).first()
+    found = {name: paper.xs(kind) for name, kind in tasks.items() if kind in paper.index.get_level_values(0)}
+    return pd.concat(found, names=["dataset"]) if found else paper.iloc[:0]
+
+
+def _kind_of(identification: pd.DataFrame) -> pd.Series:
+    """What the paper calls the task of each record."""
+    return identification["kind"] if "kind" in identification else identification["dataset"]
 
 
 def accuracy_gained(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
@@ -85,14 +106,36 @@ def accuracy_gained(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.
     return table.fillna("").rename(columns=lambda name: name.replace("_", "-"))
 
 
+def distance_gained(pictures: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Table 4: Fréchet distance of drawn from test pictures before and after fine-tuning, beside the paper's."""
+    models = pictures.drop_duplicates(["dataset", "rank", "seed"])
+    table = models.groupby("dataset", sort=False).agg(
+        model=("model", "first"),
+        n=("n_train", "max"),
+        seeds=("seed", "nunique"),
+        features=("frechet_features", "first"),
+        base=("frechet_base", mean_and_interval),
+        fine_tuned=("frechet", mean_and_interval),
+        kind=("kind", "first"),
+    )
+    paper = reported.query("item == 'Table 4' and metric == 'fid'").pivot_table("value", "dataset", "method")
+    paper = paper.reindex(columns=["base", "fine_tuned"]).reindex(table.pop("kind")).set_axis(table.index)
+    shown = paper.map(lambda value: "" if pd.isna(value) else f"{value:.1f}").add_suffix(" (paper, FID)")
+    return table.join(shown).rename(columns=lambda name: name.replace("_", "-"))
+
+
 def ours_beside_paper(
-    errors: pd.DataFrame, detection: pd.DataFrame, identification: pd.DataFrame, reported: pd.DataFrame
+    errors: pd.DataFrame,
+    detection: pd.DataFrame,
+    identification: pd.DataFrame,
+    pictures: pd.DataFrame,
+    reported: pd.DataFrame,
 ) -> pd.DataFrame:
     """The paper's numbers and claims, one a row, with what the records of this scale say.
 
     Args:
-        errors, detection, identification: records of the approximation-error, the mislabeled-detection and the
-            identification runs.
+        errors, detection, identification, pictures: records of the approximation-error, the mislabeled-detection and
+            the text and image identification runs.
         reported: `results.paper_reported`.
 
     Returns:
@@ -157,31 +200,27 @@ def ours_beside_paper(
             for method in ("lissa", "exact")
         ),
     ]
-    rows += _identification_rows(identification, paper)
+    rows += _class_detection_rows(identification, paper) + _text_rows(identification, paper)
+    rows += _class_detection_rows(pictures, paper) + _picture_rows(pictures, paper)
     return pd.DataFrame(rows, columns=["item", "claim", "paper", "ours"])
 
 
-def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list[tuple[str, str, str, str]]:
+Claim = tuple[str, str, str, str]
+
+
+def _class_detection_rows(identification: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     """The rows of `ours_beside_paper` on class detection, by |score|, one mean over seeds for each task."""
-    means = identification.pivot_table(
-        ["auc", "prompt_preferred", "prompt_preferred_signed"],
-        ["dataset", "rank"],
-        ["loss", "method"],
-        sort=False,
-    )
-    accuracy = identification.groupby(["dataset", "rank"], sort=False)[["accuracy_base", "accuracy"]].mean()
-    published = {task for item, task, *_ in paper.index if item == "Table 2"}
-    tasks = [(task, rank) for task, rank in means.index if task in published and rank == 8]  # the paper's rank
+    means = identification.pivot_table("auc", ["dataset", "rank"], ["loss", "method"], sort=False)
     rows = []
     for loss, of in LOSSES.items():
-        if loss not in means["auc"]:
+        if loss not in means:
             continue
-        auc = means["auc"][loss]
+        auc = means[loss]
         rows += [
             (
                 "Table 2",
                 f"class-detection AUC of {label(method)}, gradients of {of}",
-                ", ".join(f"{paper['Table 2', task, rank, method, 'auc']:.2f}" for task, rank in tasks),
+                _in_paper(identification, paper, "Table 2", method, "auc"),
                 _per_dataset(auc[method]),
             )
             for method in ("hessian_free", "datainf")
@@ -204,34 +243,63 @@ def _identification_rows(identification: pd.DataFrame, paper: pd.Series) -> list
             for method in ("lissa", "lissa_scaled", "exact")
             if method in auc
         ]
-    completion = means["auc"]["completion"]
-    if "prompt_similarity" in completion:
-        rows.append(
-            (
-                "not in the paper",
-                "class-detection AUC of comparing the words of the prompts (TF-IDF)",
-                "",
-                _per_dataset(completion["prompt_similarity"]),
-            )
-        )
-    rows += [
+    similarities = {
+        "prompt_similarity": "comparing the words of the prompts (TF-IDF)",
+        "picture_similarity": "comparing the latents of the pictures (cosine)",
+    }
+    main = means[next(iter(means))[0]]
+    return rows + [
+        ("not in the paper", f"class-detection AUC of {what}", "", _per_dataset(main[method]))
+        for method, what in similarities.items()
+        if method in main
+    ]
+
+
+def _text_rows(identification: pd.DataFrame, paper: pd.Series) -> list[Claim]:
+    """The rows of `ours_beside_paper` on exchanged responses and on what the language models learned."""
+    completion = identification.query("loss == 'completion' and method == 'datainf'")
+    columns = ["prompt_preferred", "prompt_preferred_signed", "accuracy_base", "accuracy"]
+    means = completion.groupby(["dataset", "rank"], sort=False)[columns].mean()
+    return [
         (
             "not in the paper",
             f"responses exchanged: how often DataInf puts the prompt's class above the response's, by {how}",
             "",
-            _per_dataset(means[column]["completion"]["datainf"]),
+            _per_dataset(means[column]),
         )
         for how, column in (("|score|", "prompt_preferred"), ("helpfulness", "prompt_preferred_signed"))
-    ]
-    return rows + [
+    ] + [
         (
             "Table 4",
             f"accuracy of the {name} model",
-            ", ".join(f"{paper['Table 4', task, rank, method, 'accuracy']:.2f}" for task, rank in tasks),
-            _per_dataset(accuracy[column]),
+            _in_paper(identification, paper, "Table 4", method, "accuracy"),
+            _per_dataset(means[column]),
         )
         for name, method, column in (("base", "base", "accuracy_base"), ("fine-tuned", "fine_tuned", "accuracy"))
     ]
+
+
+def _picture_rows(pictures: pd.DataFrame, paper: pd.Series) -> list[Claim]:
+    """The row of `ours_beside_paper` on what the diffusion models learned."""
+    base, tuned = (_in_paper(pictures, paper, "Table 4", method, "fid") for method in ("base", "fine_tuned"))
+    means = pictures.groupby(["dataset", "rank"], sort=False)[["frechet_base", "frechet"]].mean()
+    features = " and ".join(pictures["frechet_features"].unique())
+    return [
+        (
+            "Table 4",
+            f"Fréchet distance after fine-tuning over before (paper: FID; ours: {features})",
+            f"{tuned} over {base}",
+            _per_dataset(means["frechet"] / means["frechet_base"]),
+        )
+    ]
+
+
+def _in_paper(identification: pd.DataFrame, paper: pd.Series, item: str, method: str, metric: str) -> str:
+    """The paper's numbers for the tasks of these records, at the rank it has them for."""
+    of_item = paper.xs((item, method, metric), level=("item", "method", "metric")).droplevel("rank")
+    tasks = [kind for kind in dict.fromkeys(_kind_of(identification)) if kind in of_item]
+    digits = 1 if metric == "fid" else 2
+    return ", ".join(f"{of_item[kind]:.{digits}f}" for kind in tasks)
 
 
 def _cells(runs: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import datainf
@@ -177,6 +178,16 @@ def identification() -> pd.DataFrame:
     return frame
 
 
+def pictures() -> pd.DataFrame:
+    """Made-up records of pictures: as those of text, of two tasks whose names are not the paper's."""
+    kinds = {"sentence_transformations": ("styles", "style_generation"), "mine": ("dreambooth", "subject_generation")}
+    frame = identification().replace({"loss": {"completion": "mean", "as_published": "concat"}})
+    frame = frame[frame["dataset"].isin(kinds)].drop(columns=["accuracy", "accuracy_base"])
+    named = pd.DataFrame(frame["dataset"].map(kinds).tolist(), index=frame.index, columns=["dataset", "kind"])
+    distances = {"frechet_features": "autoencoder", "frechet_base": 4.0, "frechet": 3.0}
+    return frame.assign(**named, experiment="image_identification", **distances)
+
+
 def test_class_detection_metrics():
     scores = np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [1.0, np.nan, 2.0, 3.0]])
     found = metrics.class_detection(scores, ["a", "b", "a", "b"], ["a", "b", "a"])
@@ -223,6 +234,36 @@ def test_table_2_and_table_4_have_ours_beside_the_papers():
     ]  # fmt: skip
 
 
+def test_tables_of_pictures_have_the_papers_numbers_under_our_names():
+    reported = results.paper_reported(provenance.ROOT / "results")
+    table2 = tables.class_detection(pictures(), reported)
+    assert table2.loc[("styles", "DataInf"), ["AUC, mean", "AUC (paper)"]].tolist() == [
+        "0.750 ± 0.050", "0.820 ± 0.005",
+    ]  # fmt: skip
+    assert table2.loc[("dreambooth", "Hessian-free"), "recall (paper)"] == "0.210 ± 0.003"
+    table4 = tables.distance_gained(pictures(), reported)
+    assert table4.loc["styles"].tolist()[-4:] == ["4.00 ± 0.00", "3.00 ± 0.00", "243.5", "189.6"]
+    own = tables.distance_gained(pictures().assign(kind="something else"), reported)
+    assert own.loc["styles"].tolist()[-2:] == ["", ""]
+
+
+def test_a_table_of_class_detection_ranks_scores_both_ways_and_similarities_one():
+    S = np.array([[-4.0, 3.0, -2.0, 1.0], [1.0, 2.0, -3.0, -4.0]])
+    classes = {"train_classes": list("abab"), "query_classes": ["a", "b"]}
+    table = metrics.class_detection_table({("mean", "datainf"): S}, {("mean", "prompt_similarity"): S}, **classes)
+    plain, absolute = metrics.class_detection(S, **classes), metrics.class_detection(abs(S), **classes)
+    found, reference = table.loc[("mean", "datainf")], table.loc[("mean", "prompt_similarity")]
+    assert found["auc"] == absolute["auc"].mean() and found["auc_signed"] == 1 - plain["auc"].mean()
+    assert reference["auc"] == reference["auc_signed"] == plain["auc"].mean()
+    assert found["auc_se"] == absolute["auc"].sem()
+
+
+def test_picture_similarity_is_of_what_differs_from_the_mean():
+    train = np.array([[[9.0, 1.0]], [[9.0, -1.0]]])
+    similar = metrics.picture_similarity(train, np.array([[[9.0, 5.0]]]))
+    assert similar.tolist() == [[1.0, -1.0]]
+
+
 def test_most_and_least_influential_examples_are_shown():
     train = pd.DataFrame({"class": list("abc"), "prompt": list("pqr"), "response": list("xyz")})
     query = {"class": "a", "prompt": "?", "response": "!"}
@@ -257,7 +298,7 @@ def test_every_column_of_a_record_is_in_the_dictionary():
 def test_ours_beside_the_papers_counts_cells():
     reported = results.paper_reported(provenance.ROOT / "results")
     errors, detection = records("approximation_error"), records("mislabeled_detection")
-    beside = tables.ours_beside_paper(errors, detection, identification(), reported)
+    beside = tables.ours_beside_paper(errors, detection, identification(), pictures(), reported)
     ours = beside.set_index("claim")["ours"]
     assert ours["DataInf correlates more than Hessian-free"] == "4 of 4"
     assert ours["scaled LiSSA (10) correlates more than DataInf"] == "0 of 4"
@@ -267,6 +308,10 @@ def test_ours_beside_the_papers_counts_cells():
     of = "gradients of the response (the paper's text)"
     assert ours[f"DataInf's is above Hessian-free's, {of}"] == "2 of 3 tasks"
     assert ours[f"class-detection AUC of Exact, {of}"].startswith("0.50 (sentence_transformations)")
+    assert ours["DataInf's is above Hessian-free's, gradients of the mean over timesteps"] == "1 of 2 tasks"
+    distance = beside[beside["claim"].str.startswith("Fréchet")].iloc[0]
+    assert distance["paper"] == "189.6, 247.5 over 243.5, 269.7"
+    assert distance["ours"] == "0.75 (styles), 0.75 (dreambooth)"
     preferred = [value for claim, value in ours.items() if claim.startswith("responses exchanged")]
     assert [value[:4] for value in preferred] == ["0.40", "0.90"]
     assert tables.to_markdown(beside).count("\n") == len(beside) + 2
@@ -289,6 +334,9 @@ def test_figures_are_drawn():
         {"panel": "one", "method": ["datainf", "exact"], "kind": "by |score|", "value": 0.7, "error": 0.1}
     )
     shares = pd.DataFrame([[0.7, 0.3], [0.4, 0.6]], index=["a", "b"], columns=["a", "b"])
+    measured = ("auc", "recall", "auc_signed", "recall_signed")
+    detected = pd.DataFrame({name: [0.6] for metric in measured for name in (metric, f"{metric}_se")}, index=["exact"])
+    settling = pd.DataFrame({"panel": "one", "method": "exact", "draws": [1, 2], "value": [0.4, 0.6]})
     figures = [
         plotting.by_rank(errors, "pearson", "correlation", "title", reference=0),
         plotting.cost(detection, "title"),
@@ -296,10 +344,12 @@ def test_figures_are_drawn():
         plotting.against_exact(scores, "title"),
         plotting.score_distributions(scores, "title"),
         plotting.fine_tuning_curve(history, 0.5),
-        plotting.completion_curve(history.rename(columns={"accuracy": "query_loss"})),
+        plotting.loss_curve(history.rename(columns={"accuracy": "query_loss"}), "epoch", "nats", "Loss"),
         plotting.by_method(points, "AUC", "title", references={"one": 0.5}, kinds={"by |score|": "full"}),
         plotting.by_loss(identification().rename(columns={"dataset": "panel", "auc": "value"}), "title"),
         plotting.class_heat_maps({"datainf": shares, "exact": shares}, "title"),
+        plotting.class_detection(detected, 2, "title"),
+        plotting.stability(settling, "title"),
     ]
     for figure in figures:
         figure.canvas.draw()
@@ -309,6 +359,22 @@ def test_figures_are_drawn():
     assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {
         "Hessian-free", "LiSSA", "LiSSA, scaled", "DataInf", "Exact",
     }  # fmt: skip
+
+
+def test_figures_of_pictures_show_each_in_its_place():
+    shades = [Image.new("RGB", (4, 4), (shade, shade, shade)) for shade in (10, 20, 30, 40, 50)]
+
+    def shown(figure):
+        figure.canvas.draw()
+        return [int(axis.images[0].get_array()[0, 0, 0]) for axis in figure.axes]
+
+    grid = plotting.picture_grid({"real": shades[:2], "drawn": shades[2:4]}, ["a", "b"], "title")
+    assert shown(grid) == [10, 20, 30, 40] and grid.axes[2].get_ylabel() == "drawn"
+    train = [(shade, name) for shade, name in zip(shades[:4], "abab", strict=True)]
+    scores = np.array([[0.1, -2.0, 1.0, 0.3]])
+    influential = plotting.influential_pictures([(shades[4], "a")], train, scores, "title", k=2)
+    assert shown(influential) == [50, 20, 30, 10, 40]  # the largest |scores| first, the smallest from the least
+    assert [axis.get_xlabel() for axis in influential.axes[1:]] == ["-1", "+0.5", "+0.05", "+0.15"]
 
 
 def test_method_styles_cover_every_method_and_are_distinct():

@@ -8,23 +8,29 @@ from datainf.plotting.classification import (
     fine_tuning_curve,
     score_distributions,
 )
-from datainf.plotting.identification import by_loss, by_method, class_heat_maps, completion_curve
+from datainf.plotting.identification import KINDS, by_loss, by_method, class_detection, class_heat_maps, loss_curve
+from datainf.plotting.pictures import influential_pictures, picture_grid, stability
 from datainf.plotting.style import METHOD_STYLE, STAGES, confidence_interval, label, use_style
 
 __all__ = [
+    "KINDS",
     "METHOD_STYLE",
     "STAGES",
     "against_exact",
     "by_loss",
     "by_method",
     "by_rank",
+    "class_detection",
     "class_heat_maps",
-    "completion_curve",
     "confidence_interval",
     "cost",
     "detection_curves",
     "fine_tuning_curve",
+    "influential_pictures",
     "label",
+    "loss_curve",
+    "picture_grid",
     "score_distributions",
+    "stability",
     "use_style",
 ]

@@ -56,6 +56,29 @@ def by_method(
     return figure
 
 
+KINDS = {"by |score|": "full", "by helpfulness (-score)": "none"}
+
+
+def class_detection(detection: pd.DataFrame, n_classes: int, title: str) -> Figure:
+    """AUC and recall by method, by |score| and by helpfulness.
+
+    `detection`: rows of `metrics.class_detection_table` of one loss, by method.
+    """
+    points = [
+        {"panel": panel, "method": method, "kind": kind, "value": row[column], "error": row[f"{column}_se"]}
+        for method, row in detection.iterrows()
+        for panel, column_of in (("AUC", "auc"), ("recall", "recall"))
+        for kind, column in zip(KINDS, (column_of, f"{column_of}_signed"), strict=True)
+    ]
+    return by_method(
+        pd.DataFrame(points),
+        "mean over the test examples (bars: standard error)",
+        title,
+        references={"AUC": 0.5, "recall": 1 / n_classes},
+        kinds=KINDS,
+    )
+
+
 @shown_once
 def by_loss(points: pd.DataFrame, title: str) -> Figure:
     """Class detection for each loss that the gradients may be of: a panel per quantity or task.
@@ -93,6 +116,7 @@ def class_heat_maps(shares: Mapping[str, pd.DataFrame], title: str) -> Figure:
     `shares` maps a method to `metrics.class_shares`; every row of a panel sums to 100%.
     """
     highest = max(table.to_numpy().max() for table in shares.values())
+    few = all(len(table) <= 15 for table in shares.values())  # more cells have no room for their numbers
     figure, axes = row_of(shares, width=4.6, height=5.2, legend=1.6)
     for axis, (method, table) in zip(axes, shares.items(), strict=True):
         sns.heatmap(
@@ -100,7 +124,7 @@ def class_heat_maps(shares: Mapping[str, pd.DataFrame], title: str) -> Figure:
             vmin=0,
             vmax=100 * highest,
             cmap="cividis",
-            annot=True,
+            annot=few,
             fmt=".0f",
             annot_kws={"fontsize": 8},
             square=True,
@@ -116,12 +140,12 @@ def class_heat_maps(shares: Mapping[str, pd.DataFrame], title: str) -> Figure:
 
 
 @shown_once
-def completion_curve(history: pd.DataFrame) -> Figure:
-    """Loss per token of the responses by epoch, of training and of test examples."""
+def loss_curve(history: pd.DataFrame, by: str, what: str, title: str) -> Figure:
+    """Training and test loss by `by`, "epoch" or "step"; `what` names the loss with its unit."""
     figure, axis = plt.subplots(figsize=(5.5, 3), layout="constrained")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.plot(history["epoch"], history["loss"], marker="o", color="#0072B2", label="training")
-    axis.plot(history["epoch"], history["query_loss"], marker="s", color="#D55E00", label="test")
-    axis.set(xlabel="epoch", ylabel="nats per response token", title="Loss of the responses", ylim=(0, None))
+    axis.plot(history[by], history["loss"], marker="o", color="#0072B2", label="training")
+    axis.plot(history[by], history["query_loss"], marker="s", color="#D55E00", label="test")
+    axis.set(xlabel=by, ylabel=what, title=title, ylim=(0, None))
     axis.legend(frameon=False)
     return figure

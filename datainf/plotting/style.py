@@ -20,6 +20,7 @@ METHOD_STYLE = {
     "datainf": ("DataInf", "#D55E00", "o"),
     "exact": ("Exact", "#000000", "D"),
     "prompt_similarity": ("Prompt similarity", "#999999", "X"),
+    "picture_similarity": ("Picture similarity", "#009E73", "P"),
 }
 LABELS = {method: label for method, (label, _, _) in METHOD_STYLE.items()}
 GROUP_COLOURS = {"clean": "#0072B2", "mislabeled": "#D55E00"}
