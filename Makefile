@@ -1,6 +1,6 @@
 # The DataInf study: each target makes the environment it needs (.venv, from requirements.lock) and says what it does.
 #   make reproduce                 every figure and table at demo scale, into results/demo/
-#   make reproduce SCALE=laptop    real small models and GLUE (MODEL=, DATA=, TEXT_MODEL= folders where there is no network)
+#   make reproduce SCALE=laptop    real small models and GLUE (offline: MODEL=, DATA=, TEXT_MODEL=, IMAGE_MODEL=, IMAGES= folders)
 #   make reproduce SCALE=paper     the paper's scale, on a GPU; on a Slurm cluster with PROFILE=config/slurm
 
 SCALE   ?= demo
@@ -11,6 +11,7 @@ BIN     := $(VENV)/bin
 SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
            --config scale=$(SCALE) $(if $(MODEL),'classification={parameters: {model: "$(MODEL)"}}') \
            $(if $(DATA),'classification={data: "$(DATA)"}') $(if $(TEXT_MODEL),'text={parameters: {model: "$(TEXT_MODEL)"}}') \
+           $(if $(IMAGE_MODEL),'images={parameters: {model: "$(IMAGE_MODEL)"}}') $(if $(IMAGES),'images={data: "$(IMAGES)"}') \
            --rerun-incomplete --keep-going --nolock --quiet rules host reason
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compiled modules are kept whatever the shell says: the many short runs of a sweep all import the same libraries, which

@@ -22,9 +22,10 @@ EXPERIMENTS = {
     "approximation_error": ("notebooks/10_approximation_error.ipynb", "classification"),
     "mislabeled_detection": ("notebooks/20_mislabeled_detection.ipynb", "classification"),
     "text_identification": ("notebooks/30_text_identification.ipynb", "text"),
+    "image_identification": ("notebooks/40_image_identification.ipynb", "images"),
 }
 # What a section calls its datasets, which records call dataset.
-DATASET = {"classification": "dataset", "text": "task"}
+DATASET = {"classification": "dataset", "text": "task", "images": "task"}
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
 
 
@@ -35,6 +36,12 @@ def notebook(experiment):
 def section(experiment):
     """parameters, grid and by_dataset (parameters that one dataset has otherwise) of an experiment."""
     return {"by_dataset": {}} | config[EXPERIMENTS[experiment][1]]
+
+
+def grids(experiment):
+    """The grids of an experiment: every combination within each of them is one run."""
+    grid = section(experiment)["grid"]
+    return grid if isinstance(grid, list) else [grid]
 
 
 def run_parameters(wildcards):
@@ -48,7 +55,7 @@ def run_parameters(wildcards):
 # papermill lets unknown parameters through with a warning: compare the names before anything runs.
 for experiment in EXPERIMENTS:
     own = section(experiment)
-    given = set().union(own["parameters"], own["grid"], *own["by_dataset"].values())
+    given = set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values())
     if unknown := given - papermill.inspect_notebook(notebook(experiment)).keys():
         raise WorkflowError(
             f"{notebook(experiment)} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets."
@@ -74,7 +81,7 @@ def records(experiments):
     return [
         record
         for experiment in experiments
-        for grid in [section(experiment)["grid"]]
+        for grid in grids(experiment)
         for record in expand(
             RECORD,
             experiment=experiment,
