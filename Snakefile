@@ -49,6 +49,8 @@ def run_parameters(wildcards):
     own, name = section(wildcards.experiment), DATASET[EXPERIMENTS[wildcards.experiment][1]]
     dataset = str(Path(own["data"]) / wildcards.dataset) if own.get("data") else wildcards.dataset
     one = {name: dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
+    if wildcards.experiment == "image_identification" and wildcards.seed == "0":  # one seed's pictures are kept
+        one["figures"] = f"{RESULTS}/figures"
     return own["parameters"] | own["by_dataset"].get(wildcards.dataset, {}) | one
 
 

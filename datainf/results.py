@@ -152,11 +152,11 @@ def paper_reported(folder: str | Path) -> pd.DataFrame:
 
 # The parameters of a run that concern what is done with its fine-tuned model, not what it is.
 AFTERWARDS = {
-    *("methods", "loss", "other_losses", "reduction", "damping", "cache", "output"),
+    *("methods", "loss", "other_losses", "reduction", "damping", "cache", "output", "figures"),
     *("timesteps", "draws", "stability", "inference_steps", "guidance", "inception"),
 }
 # Those that a record has in other columns, or has no use for; a task is the column dataset.
-UNRECORDED = {"task", "methods", "loss", "other_losses", "cache", "output", "stability", "inception"}
+UNRECORDED = {"task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception"}
 
 
 def fine_tuning_key(run: Mapping[str, object]) -> dict[str, object]:

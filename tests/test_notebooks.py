@@ -34,7 +34,8 @@ def sweep(tmp_path_factory, diffusion_base):
     execute("30_text_identification", folder, **given)
     output = folder / "results" / "tiny" / "runs" / IMAGES
     given = {**SMALLEST_IMAGES, "model": diffusion_base, "cache": str(folder / "cache"), "output": str(output)}
-    execute("40_image_identification", folder, **given, inference_steps=2, stability=1)
+    figures = str(folder / "results" / "tiny" / "figures")
+    execute("40_image_identification", folder, **given, inference_steps=2, stability=1, figures=figures)
     execute("90_figures_and_tables", folder, scale="tiny", folder=str(folder / "results"))
     return folder
 
@@ -95,6 +96,8 @@ def test_figures_and_tables_are_there(sweep):
         "figure1_pearson",
         "figure1_spearman",
         "figure2_5_detection_auc",
+        "figure3_demo-style",
+        "figure4_demo-style",
         "table2_class_detection",
         "table2_pictures",
         "template_or_answer",
@@ -156,7 +159,7 @@ def snakemake(*arguments, config="config/demo.yaml"):
 def test_the_sweep_plans_every_run_of_a_scale(scale):
     planned = snakemake("--forceall", config=f"config/{scale}.yaml")
     assert planned.returncode == 0, planned.stderr
-    classification = {"demo": 2 * 3 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
+    classification = {"demo": 2 * 2 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
     text = {"demo": 3 * 3, "laptop": 3, "paper": 3}[scale]
     images = {"demo": 2 * 3, "laptop": 2, "paper": 2}[scale]
     assert re.search(rf"^run\s+{2 * classification + text + images}$", planned.stdout + planned.stderr, re.MULTILINE)
