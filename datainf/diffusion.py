@@ -1,4 +1,4 @@
-"""Fine-tune a latent diffusion model on captioned pictures, and let it draw (paper D.2.2, D.2.3)."""
+"""Fine-tune a latent diffusion model on captioned pictures, and generate some (paper D.2.2, D.2.3)."""
 
 import random
 from collections.abc import Sequence
@@ -204,7 +204,7 @@ def encode(pipeline: StableDiffusionPipeline, split: Dataset, batch_size: int = 
     return torch.cat(latents).cpu(), torch.cat(prompts).cpu()
 
 
-def draw(
+def generate(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
     *,
@@ -221,13 +221,13 @@ def draw(
         guidance: how far classifier-free guidance goes; 1 is none.
     """
     pictures = []
-    with bar(total=len(prompts), desc="drawing", unit="picture") as progress:
+    with bar(total=len(prompts), desc="generating", unit="picture") as progress:
         for first in range(0, len(prompts), batch_size):
             some = list(prompts[first : first + batch_size])
             starts = [torch.Generator().manual_seed(seed * 10**6 + first + place) for place in range(len(some))]
-            drawn = pipeline(
+            output = pipeline(
                 some, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, generator=starts
             )
-            pictures += drawn.images
+            pictures += output.images
             progress.update(len(some))
     return pictures

@@ -107,7 +107,7 @@ def accuracy_gained(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.
 
 
 def distance_gained(pictures: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Table 4: Fréchet distance of drawn from test pictures before and after fine-tuning, beside the paper's."""
+    """Table 4: Fréchet distance of generated from test pictures before and after fine-tuning, beside the paper's."""
     models = pictures.drop_duplicates(["dataset", "rank", "seed"])
     table = models.groupby("dataset", sort=False).agg(
         model=("model", "first"),

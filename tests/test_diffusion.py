@@ -192,18 +192,29 @@ def test_bad_input_is_named_in_one_sentence(diffusion_base, task, tmp_path):
     refused("steps must be a whole number of at least 0, not -5", steps=-5)
 
 
-# Drawing.
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_trains_in_bfloat16_and_takes_gradients_in_float32(diffusion_base, task, tmp_path):
+    tuned = diffusion.fine_tune(diffusion_base, task, Recipe(**SMALL, bf16=True), timesteps=TIMESTEPS, folder=tmp_path)
+    assert tuned.pipeline.device.type == next(tuned.model.parameters()).device.type == "cuda"
+    fast = datainf.per_sample_gradients(tuned.model, tuned.query, rows_per_example=3, **losses.image("mean"))
+    plain = datainf.reference_gradients(tuned.model, tuned.query, losses.denoising)
+    assert relative_error(fast, plain) <= 1e-3
+    assert len(diffusion.generate(tuned.pipeline, ["a thing"], size=16, steps=2, guidance=2.0, seed=0)) == 1
 
 
-def test_drawing_follows_from_the_seed_and_the_adapter(tuned):
+# Generating.
+
+
+def test_generating_follows_from_the_seed_and_the_adapter(tuned):
     settings = {"size": 16, "steps": 3, "guidance": 2.0, "seed": 1}
     prompts = ["a thing", "a picture", "a style"]
-    one, again = (diffusion.draw(tuned.pipeline, prompts, batch_size=size, **settings) for size in (2, 3))
+    one, again = (diffusion.generate(tuned.pipeline, prompts, batch_size=size, **settings) for size in (2, 3))
     assert [picture.size for picture in one] == [(16, 16)] * 3
     for a, b in zip(one, again, strict=True):
         assert np.abs(np.asarray(a, float) - np.asarray(b, float)).max() <= 2  # batched otherwise, rounded otherwise
     with tuned.model.disable_adapter():
-        base = diffusion.draw(tuned.pipeline, prompts, **settings)
+        base = diffusion.generate(tuned.pipeline, prompts, **settings)
     assert any(a.tobytes() != b.tobytes() for a, b in zip(again, base, strict=True))
 
 
