@@ -109,10 +109,12 @@ def accuracy_gained(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.
 def distance_gained(pictures: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """Table 4: Fréchet distance of generated from test pictures before and after fine-tuning, beside the paper's."""
     models = pictures.drop_duplicates(["dataset", "rank", "seed"])
+    models = models.assign(closer=models["frechet"] < models["frechet_base"])
     table = models.groupby("dataset", sort=False).agg(
         model=("model", "first"),
         n=("n_train", "max"),
         seeds=("seed", "nunique"),
+        closer=("closer", lambda closer: f"{closer.sum()} of {len(closer)}"),
         features=("frechet_features", "first"),
         base=("frechet_base", mean_and_interval),
         fine_tuned=("frechet", mean_and_interval),
@@ -121,7 +123,8 @@ def distance_gained(pictures: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFr
     paper = reported.query("item == 'Table 4' and metric == 'fid'").pivot_table("value", "dataset", "method")
     paper = paper.reindex(columns=["base", "fine_tuned"]).reindex(table.pop("kind")).set_axis(table.index)
     shown = paper.map(lambda value: "" if pd.isna(value) else f"{value:.1f}").add_suffix(" (paper, FID)")
-    return table.join(shown).rename(columns=lambda name: name.replace("_", "-"))
+    names = {"closer": "runs closer", "fine_tuned": "fine-tuned", "fine_tuned (paper, FID)": "fine-tuned (paper, FID)"}
+    return table.join(shown).rename(columns=names)
 
 
 def ours_beside_paper(

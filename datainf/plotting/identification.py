@@ -146,6 +146,6 @@ def loss_curve(history: pd.DataFrame, by: str, what: str, title: str) -> Figure:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.plot(history[by], history["loss"], marker="o", color="#0072B2", label="training")
     axis.plot(history[by], history["query_loss"], marker="s", color="#D55E00", label="test")
-    axis.set(xlabel=by, ylabel=what, title=title, ylim=(0, None))
+    axis.set(xlabel=by, ylabel=what, title=title)
     axis.legend(frameon=False)
     return figure
