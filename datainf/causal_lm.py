@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,7 +66,7 @@ def fine_tune(
         model = load(base, quantization)
         revision = weights_revision(model)
         model, history = lora.on_device(lora.load_adapter(model, adapter)), lora.no_history()
-        _check_shape(model, recipe, adapter)
+        lora.check_shape(model, recipe, adapter)
     else:
         model, history, revision = lora.fine_tune(
             lambda: load(base, quantization, seed=recipe.seed),
@@ -79,16 +79,6 @@ def fine_tune(
             folder=folder,
         )
     return FineTuned(model, tokenizer, train, test, collate, history, revision)
-
-
-def _check_shape(model: PeftModel, recipe: Recipe, adapter: str) -> None:
-    """Refuse an adapter of another shape than the recipe says, which is what the record of a run will say."""
-    config = model.active_peft_config
-    found = {"rank": config.r, "alpha": config.lora_alpha, "targets": sorted(config.target_modules)}
-    said = {"rank": recipe.rank, "alpha": recipe.alpha or recipe.rank, "targets": sorted(recipe.targets)}
-    for name, value in found.items():
-        if value != said[name]:
-            raise InputError(f"The adapter in {adapter} has {name} {value}, not {said[name]}: set {name} to {value}.")
 
 
 def load_tokenizer(base: str) -> tuple[PreTrainedTokenizerBase, int]:

@@ -1,13 +1,13 @@
 """Fine-tune a latent diffusion model on captioned pictures, and generate some (paper D.2.2, D.2.3)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from jaxtyping import Float
 from PIL import Image
@@ -18,6 +18,7 @@ from transformers import set_seed
 from datainf import lora
 from datainf.data.images import ImageTask
 from datainf.errors import InputError
+from datainf.gradients import LossFn
 from datainf.lora import FineTuned, Recipe
 from datainf.losses import denoising
 from datainf.progress import bar
@@ -47,12 +48,12 @@ class NoisyLatents(torch.utils.data.Dataset):
         latents: of n pictures, (n, channels, height, width), scaled.
         prompts: the text encoder's last hidden states, (n, tokens, width).
         scheduler: says how much noise a timestep is.
-        timesteps: T of them, `draws` times over; None for one at random, drawn anew whenever an item is asked for.
+        timesteps: T of them, `draws` times over.
         draws: how many times noise is drawn for each of the timesteps.
         noise: names the noise. An item's noise is seeded by this, its index and the number of the draw.
 
     Raises:
-        InputError: a timestep that the scheduler does not have, or draws below 1.
+        InputError: a timestep or a prediction type that the scheduler does not have, or draws below 1.
     """
 
     def __init__(
@@ -60,16 +61,18 @@ class NoisyLatents(torch.utils.data.Dataset):
         latents: Float[Tensor, "n channels height width"],
         prompts: Float[Tensor, "n tokens width"],
         scheduler: DDPMScheduler,
-        timesteps: Sequence[int] | None = TIMESTEPS,
+        timesteps: Sequence[int] = TIMESTEPS,
         *,
         draws: int = 1,
         noise: str = "",
     ):
-        self.steps = scheduler.config.num_train_timesteps
+        steps, kind = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
         if draws < 1:
             raise InputError(f"draws must be at least 1, not {draws}.")
-        if timesteps is not None and (not timesteps or not all(0 <= timestep < self.steps for timestep in timesteps)):
-            raise InputError(f"timesteps must be among 0 to {self.steps - 1}, not {list(timesteps)}.")
+        if not timesteps or not all(0 <= timestep < steps for timestep in timesteps):
+            raise InputError(f"timesteps must be among 0 to {steps - 1}, not {list(timesteps)}.")
+        if kind not in ("epsilon", "v_prediction", "sample"):
+            raise InputError(f"The base predicts {kind!r}; epsilon, v_prediction and sample are supported.")
         self.latents, self.prompts, self.scheduler = latents, prompts, scheduler
         self.timesteps, self.draws, self.noise = timesteps, draws, noise
 
@@ -77,34 +80,56 @@ class NoisyLatents(torch.utils.data.Dataset):
         return len(self.latents)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        shape = self.latents[index].shape
-        if self.timesteps is None:
-            timestep, noise = torch.randint(self.steps, (1,)), torch.randn(1, *shape)
-        else:
-            timestep = torch.tensor(self.timesteps).repeat(self.draws)
-            noise = torch.cat([self._noise(index, draw, shape) for draw in range(self.draws)])
-        latents = self.latents[index].expand(len(timestep), *shape)
+        latents = self.latents[index]
+        timestep = torch.tensor(self.timesteps).repeat(self.draws)
+        noise = torch.cat([self._noise(index, draw, latents.shape) for draw in range(self.draws)])
         return {
-            "sample": self.scheduler.add_noise(latents, noise, timestep),
-            "timestep": timestep,
+            **noisy(self.scheduler, latents.expand(len(timestep), *latents.shape), timestep, noise),
             "encoder_hidden_states": self.prompts[index],
-            "target": self._target(latents, noise, timestep),
         }
 
     def _noise(self, index: int, draw: int, shape: torch.Size) -> Float[Tensor, "timesteps channels height width"]:
         seed = random.Random(f"{self.noise} {index} {draw}").getrandbits(63)
         return torch.randn(len(self.timesteps), *shape, generator=torch.Generator().manual_seed(seed))
 
-    def _target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            return self.scheduler.get_velocity(latents, noise, timestep)
-        return {"epsilon": noise, "sample": latents}[kind]
+    def clean(self) -> list[dict[str, Tensor]]:
+        """The same pictures without noise, which fine-tuning draws at every step: latents, encoder_hidden_states."""
+        pairs = zip(self.latents, self.prompts, strict=True)
+        return [{"latents": latents, "encoder_hidden_states": prompt} for latents, prompt in pairs]
 
     def but(self, **other) -> "NoisyLatents":
         """The same pictures with other `timesteps`, `draws` or `noise`."""
         same = {"timesteps": self.timesteps, "draws": self.draws, "noise": self.noise}
         return NoisyLatents(self.latents, self.prompts, self.scheduler, **(same | other))
+
+
+def noisy(scheduler: DDPMScheduler, latents: Tensor, timestep: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """What `NoisyLatents` has of latents (T, channels, height, width): sample, timestep and target."""
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timestep)
+    else:
+        target = {"epsilon": noise, "sample": latents}[kind]
+    return {"sample": scheduler.add_noise(latents, noise, timestep), "timestep": timestep, "target": target}
+
+
+def training_loss(scheduler: DDPMScheduler) -> LossFn:
+    """The denoising loss at a timestep and with noise drawn anew for each example; of noisy examples, theirs.
+
+    Drawn here and not when a batch is fetched, which may be ahead of its step, a run that was killed goes on with the
+    draws it would have made.
+    """
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
+        if "target" in batch:
+            return denoising(model, batch)
+        latents = batch["latents"]
+        timestep = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        once = noisy(scheduler, latents, timestep, torch.randn_like(latents))
+        one_version = {name: value[:, None] for name, value in once.items()}
+        return denoising(model, {**one_version, "encoder_hidden_states": batch["encoder_hidden_states"]})
+
+    return loss
 
 
 def separate(item: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -137,38 +162,40 @@ def fine_tune(
         InputError: a base that is no such pipeline or has none of the recipe's modules, pictures of a size that it
             cannot take, timesteps that it does not have, an adapter that does not fit.
     """
-    pipeline = load(base, seed=recipe.seed)
+    pipeline = load(base)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     train, query = (
         NoisyLatents(*encode(pipeline, split), scheduler, timesteps, draws=draws, noise=f"{name} {recipe.seed}")
         for split, name in ((task.train, "train"), (task.test, "test"))
     )
+    revision = weights_revision(nn.ModuleList([pipeline.unet, pipeline.vae, pipeline.text_encoder]))
     if adapter:
-        model, revision = pipeline.unet, weights_revision(pipeline.unet)
-        model, history = lora.on_device(lora.load_adapter(model, adapter)), lora.no_history()
+        model, history = lora.on_device(lora.load_adapter(pipeline.unet, adapter)), lora.no_history()
+        lora.check_shape(model, recipe, adapter)
     else:
-        model, history, revision = lora.fine_tune(
-            lambda: load(base, seed=recipe.seed).unet,
-            train.but(timesteps=None),
-            query,
+        pipeline.unet = None  # makes room for the one that is trained
+        model, history, _ = lora.fine_tune(
+            lambda: load_unet(base, seed=recipe.seed),
+            train.clean(),
+            query.but(timesteps=TIMESTEPS, draws=1),
             default_collate,
             recipe,
             task_type=None,
             data_revision=task.revision,
+            revision=revision,
             folder=folder,
-            loss=denoising,
+            loss=training_loss(scheduler),
         )
-    pipeline.unet = model.get_base_model()  # the adapter's matrices are within it
+    pipeline.unet = model.eval().get_base_model()  # the adapter's matrices are within it
     return FineTunedPipeline(model, pipeline.tokenizer, train, query, default_collate, history, revision, pipeline)
 
 
-def load(base: str, *, seed: int = 0) -> StableDiffusionPipeline:
-    """A pretrained pipeline in float32, frozen, on the GPU where there is one; `seed` is that of its next adapter.
+def load(base: str) -> StableDiffusionPipeline:
+    """A pretrained pipeline in float32, frozen, on the GPU where there is one.
 
     Raises:
         InputError: no such pipeline, or one of another kind.
     """
-    set_seed(seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -182,6 +209,12 @@ def load(base: str, *, seed: int = 0) -> StableDiffusionPipeline:
         part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_unet(base: str, *, seed: int = 0) -> UNet2DConditionModel:
+    """The pipeline's UNet alone, in float32; `seed` is that of its next adapter."""
+    set_seed(seed)
+    return lora.from_pretrained(UNet2DConditionModel, base, subfolder="unet", dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -214,7 +247,7 @@ def generate(
     seed: int,
     batch_size: int = 16,
 ) -> list[Image.Image]:
-    """The pipeline's own picture for each prompt, size x size. The same seed starts each of them from the same noise.
+    """The pipeline's own picture for each prompt, size x size; the same seed starts each from the same noise again.
 
     Args:
         steps: of the scheduler.

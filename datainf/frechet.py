@@ -24,10 +24,16 @@ class AutoencoderFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> Float[Tensor, "n features"]:
-        """`pictures`: uint8, (n, 3, size, size)."""
+        """`pictures`: uint8, (n, 3, size, size).
+
+        Raises:
+            InputError: pictures with latents too few to tell quarters apart.
+        """
         latents = self.vae.encode(pictures.to(self.vae.dtype) / 127.5 - 1).latent_dist.mean
-        halves = [half for rows in latents.chunk(2, dim=2) for half in rows.chunk(2, dim=3)]
-        moments = [moment for quarter in halves for moment in torch.std_mean(quarter, dim=(2, 3))]
+        if latents.shape[-1] < 2:
+            raise InputError(f"Pictures of {pictures.shape[-1]} pixels have latents of less than 2 x 2: raise size.")
+        quarters = [quarter for rows in latents.chunk(2, dim=2) for quarter in rows.chunk(2, dim=3)]
+        moments = [moment for quarter in quarters for moment in torch.std_mean(quarter, dim=(2, 3), correction=0)]
         return torch.cat(moments, dim=1)
 
 
@@ -42,7 +48,8 @@ def distance(real: Sequence[Image.Image], generated: Sequence[Image.Image], netw
         InputError: no such file, or torch-fidelity, which Inception needs, is not installed.
     """
     metric = FrechetInceptionDistance(network) if isinstance(network, nn.Module) else _inception(network)
-    device = next(metric.inception.parameters()).device
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    metric.to(device)
     for pictures, are_real in ((real, True), (generated, False)):
         for first in range(0, len(pictures), 16):
             stacked = np.stack([np.asarray(picture) for picture in pictures[first : first + 16]])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import joblib
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -135,11 +135,14 @@ def reference_gradients(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back on where it was on."""
+    """Switch dropout and convolutions in TensorFloat-32, which has 10 bits, off, and back on where they were on."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+    cudnn = torch.backends.cudnn
+    as_it_is = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
     try:
-        yield
+        with cudnn.flags(**as_it_is, allow_tf32=False):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -265,7 +268,9 @@ def _identity(model: nn.Module, dataset: Sequence, loss_fn: LossFn) -> dict[str,
                 f"{name} {tuple(parameter.shape)} {parameter.detach().sum(dtype=torch.float64).item():.6e}".encode()
             )
     for index in range(len(dataset)):
-        examples.update(joblib.hash(dataset[index]).encode())
+        # As arrays: a tensor's pickle depends on where in memory it is.
+        example = recursively_apply(lambda tensor: tensor.cpu().numpy(), dataset[index])
+        examples.update(joblib.hash(example).encode())
     return {
         "weights": weights.hexdigest()[:16],
         "base": base.hexdigest()[:16],

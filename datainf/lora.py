@@ -32,6 +32,7 @@ __all__ = [
     "FineTuned",
     "Recipe",
     "attach_adapter",
+    "check_shape",
     "fine_tune",
     "from_pretrained",
     "load_adapter",
@@ -143,6 +144,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     return adapted
 
 
+def check_shape(model: PeftModel, recipe: Recipe, adapter: str) -> None:
+    """Refuse an adapter of another shape than the recipe says, which is what the record of a run will say.
+
+    Raises:
+        InputError: its rank, alpha or targets are others.
+    """
+    config = model.active_peft_config
+    found = {"rank": config.r, "alpha": config.lora_alpha, "targets": sorted(config.target_modules)}
+    said = {"rank": recipe.rank, "alpha": recipe.alpha or recipe.rank, "targets": sorted(recipe.targets)}
+    for name, value in found.items():
+        if value != said[name]:
+            raise InputError(f"The adapter in {adapter} has {name} {value}, not {said[name]}: set {name} to {value}.")
+
+
 def _misfit(folder: str, model: nn.Module, why: str) -> str:
     base = getattr(model, "name_or_path", "") or type(model).__name__
     return f"The adapter in {folder} does not fit the base {base}: {why}."
@@ -157,6 +172,7 @@ def fine_tune(
     *,
     task_type: str | None,
     data_revision: str,
+    revision: str = "",
     folder: str | Path,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     loss: LossFn | None = None,
@@ -168,6 +184,7 @@ def fine_tune(
     Args:
         load: gives the base afresh, with the same weights each time.
         data_revision: which data; a folder made from other data is refused.
+        revision: which base, where that is more than the model that `load` gives.
         folder: keeps the adapter, the curve and the checkpoints.
         loss: one loss per example; by default the model's own.
 
@@ -180,7 +197,7 @@ def fine_tune(
     """
     folder = Path(folder)
     model = load()
-    revision = weights_revision(model)
+    revision = revision or weights_revision(model)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # another run may be after the same model
         _check_origin(folder / ORIGIN, {"base": revision, "data": data_revision, "recipe": asdict(recipe)})

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-PACKAGES = ("torch", "transformers", "peft", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "diffusers", "datasets")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -44,7 +44,7 @@ def commit() -> str:
 
 def weights_revision(model: nn.Module) -> str:
     """The hub's commit of a pretrained model, or a hash of its base weights where it came from a folder."""
-    if revision := getattr(model.config, "_commit_hash", None):
+    if revision := getattr(getattr(model, "config", None), "_commit_hash", None):
         return revision[:12]
     digest = hashlib.sha256()
     base = getattr(model, "base_model", model)  # of a transformer without its head

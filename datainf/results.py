@@ -111,7 +111,9 @@ def run_folder(cache: str | Path, **key) -> Path:
     """
     readable = [Path(str(key[name])).name for name in ("model", "dataset", "task") if name in key]
     readable += [f"{name[0]}{key[name]}" for name in ("rank", "seed") if name in key]
-    libraries = {name: value for name, value in provenance().items() if name in ("torch", "transformers", "peft")}
+    libraries = {
+        name: value for name, value in provenance().items() if name in ("torch", "transformers", "peft", "diffusers")
+    }
     digest = joblib.hash(
         [sorted((name, str(value)) for name, value in key.items()), code_hash(modules=FINE_TUNING), libraries]
     )

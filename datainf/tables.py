@@ -301,8 +301,7 @@ def _in_paper(identification: pd.DataFrame, paper: pd.Series, item: str, method:
     """The paper's numbers for the tasks of these records, at the rank it has them for."""
     of_item = paper.xs((item, method, metric), level=("item", "method", "metric")).droplevel("rank")
     tasks = [kind for kind in dict.fromkeys(_kind_of(identification)) if kind in of_item]
-    digits = 1 if metric == "fid" else 2
-    return ", ".join(f"{of_item[kind]:.{digits}f}" for kind in tasks)
+    return ", ".join(f"{of_item[kind]:g}" for kind in tasks)
 
 
 def _cells(runs: pd.DataFrame, metric: str) -> pd.DataFrame:

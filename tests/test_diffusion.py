@@ -60,10 +60,17 @@ def test_noise_is_seeded_by_example_and_draw():
     assert not torch.equal(twice["target"][6:], twice["target"][:6])
 
 
-def test_noise_for_training_is_drawn_anew():
-    fresh = noisy().but(timesteps=None)
-    one, other = fresh[0], fresh[0]
-    assert one["sample"].shape == (1, 4, 8, 8) and not torch.equal(one["target"], other["target"])
+def test_noise_for_training_is_drawn_anew(tuned):
+    data = tuned.query
+    loss, batch = diffusion.training_loss(data.scheduler), tuned.collate(data.clean())
+    with torch.no_grad():
+        torch.manual_seed(0)
+        one, other = loss(tuned.model, batch), loss(tuned.model, batch)
+        torch.manual_seed(0)
+        again = loss(tuned.model, batch)
+        given = tuned.collate([data[0]])
+        assert torch.equal(loss(tuned.model, given), losses.denoising(tuned.model, given))
+    assert one.shape == (len(data),) and torch.equal(one, again) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -120,6 +127,18 @@ def test_unet_gradients_equal_the_one_example_loop(tuned, name, batch_size):
     assert relative_error(fast, {layer: together(rows) for layer, rows in by_picture.items()}) <= 1e-5
 
 
+def test_a_store_is_taken_up_again_wherever_the_latents_are_in_memory(tuned, tmp_path):
+    data = tuned.query
+    copy = diffusion.NoisyLatents(
+        data.latents.clone(), data.prompts.clone(), data.scheduler, TIMESTEPS, noise=data.noise
+    )
+    arguments = {"rows_per_example": len(TIMESTEPS), "store": tmp_path / "store", **losses.image("mean")}
+    first, again = (datainf.per_sample_gradients(tuned.model, each, **arguments) for each in (data, copy))
+    assert same(dict(first.items()), dict(again.items()))
+    with pytest.raises(ValueError, match="differs in: examples"):
+        datainf.per_sample_gradients(tuned.model, data.but(noise="other"), **arguments)
+
+
 def test_more_draws_are_more_rows(tuned):
     data = tuned.query.but(draws=2)
     store = datainf.per_sample_gradients(tuned.model, data, rows_per_example=6, **losses.image("mean"))
@@ -156,7 +175,7 @@ def test_killed_and_called_again_it_ends_with_the_same_weights(diffusion_base, t
     whole = diffusion.fine_tune(diffusion_base, task, Recipe(**SMALL), folder=tmp_path / "whole")
 
     def dies(self, args, state, control, **kwargs):
-        if state.global_step == 13:
+        if state.global_step == 17:  # three steps an epoch, a checkpoint every four: in the middle of both
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -177,6 +196,10 @@ def test_a_saved_adapter_is_taken_instead(diffusion_base, task, tmp_path):
 
 
 def test_bad_input_is_named_in_one_sentence(diffusion_base, task, tmp_path):
+    whole = diffusion.fine_tune(diffusion_base, task, Recipe(**SMALL | {"steps": 1}), folder=tmp_path / "made")
+    assert not any(module.training for module in whole.pipeline.unet.modules())
+    saved = str(tmp_path / "made" / "adapter")
+
     def refused(message, base=diffusion_base, data=task, adapter="", timesteps=TIMESTEPS, **recipe):
         with pytest.raises(InputError, match=message) as caught:
             arguments = {"timesteps": timesteps, "adapter": adapter, "folder": tmp_path / "run"}
@@ -189,6 +212,7 @@ def test_bad_input_is_named_in_one_sentence(diffusion_base, task, tmp_path):
     refused("size must be a multiple of 2", data=images.load("demo-style", n_train=2, n_test=1, size=17))
     refused("timesteps must be among 0 to 999", timesteps=(-1,))
     refused("There is no adapter in ./nothing", adapter="./nothing")
+    refused("has targets .* set targets to", adapter=saved, targets=("to_q",))
     refused("steps must be a whole number of at least 0, not -5", steps=-5)
 
 
