@@ -1,6 +1,7 @@
 # The DataInf study: each target makes the environment it needs (.venv, from requirements.lock) and says what it does.
 #   make reproduce                 every figure and table at demo scale, into results/demo/
-#   make reproduce SCALE=laptop    real small models and GLUE (offline: MODEL=, DATA=, TEXT_MODEL=, IMAGE_MODEL=, IMAGES= folders)
+#   make reproduce SCALE=laptop    real small models and data (offline, give folders: MODEL=, DATA=, TEXT_MODEL=,
+#                                  IMAGE_MODEL=, IMAGES=)
 #   make reproduce SCALE=paper     the paper's scale, on a GPU; on a Slurm cluster with PROFILE=config/slurm
 
 SCALE   ?= demo
