@@ -35,7 +35,7 @@ test: $(VENV)/installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 lab: $(VENV)/installed
-	@echo "Opening JupyterLab on notebooks/; start with 10_approximation_error.ipynb."
+	@echo "Opening JupyterLab on notebooks/; start with 00_influence_functions.ipynb."
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
 # Runs in place, top to bottom, with the default parameters: how the committed notebooks are made.

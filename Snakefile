@@ -12,7 +12,7 @@ from pathlib import Path
 import papermill
 import yaml
 
-from datainf.provenance import DRAWING, code_hash
+from datainf.provenance import DRAWING, NUMERIC, code_hash
 
 SCALE = config["scale"]
 PYTHON = sys.executable
@@ -26,6 +26,13 @@ EXPERIMENTS = {
 }
 # What a section calls its datasets, which records call dataset.
 DATASET = {"classification": "dataset", "text": "task", "images": "task"}
+# What the notebooks without a model measure -> the notebook; the section `lessons` has the parameters of each.
+LESSONS = {
+    "leave_one_out": "notebooks/00_influence_functions.ipynb",
+    "theorem1": "notebooks/01_datainf_derivation.ipynb",
+    "table1_complexity": "notebooks/50_complexity.ipynb",
+}
+TIMED = {"table1_complexity"}  # nothing else runs beside these
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
 
 
@@ -54,14 +61,26 @@ def run_parameters(wildcards):
     return own["parameters"] | own["by_dataset"].get(wildcards.dataset, {}) | one
 
 
-# papermill lets unknown parameters through with a warning: compare the names before anything runs.
+def refuse_unknown(path, given):
+    """papermill lets unknown parameters through with a warning: compare the names before anything runs."""
+    if unknown := set(given) - papermill.inspect_notebook(path).keys():
+        raise WorkflowError(f"{path} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets.")
+
+
 for experiment in EXPERIMENTS:
     own = section(experiment)
-    given = set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values())
-    if unknown := given - papermill.inspect_notebook(notebook(experiment)).keys():
-        raise WorkflowError(
-            f"{notebook(experiment)} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets."
-        )
+    refuse_unknown(notebook(experiment), set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values()))
+lessons = config.get("lessons") or {}
+for lesson, given in lessons.items():
+    refuse_unknown(LESSONS[lesson], given)
+
+
+def lesson_parameters(wildcards, output):
+    """The parameters of a notebook without a model; a folder for figures goes to those that keep some."""
+    keeps_figures = "figures" in papermill.inspect_notebook(LESSONS[wildcards.lesson])
+    folder = {"figures": f"{RESULTS}/figures"} if keeps_figures else {}
+    return one_line(lessons[wildcards.lesson] | folder | {"output": output[0]})
+
 
 RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
 FINAL = RESULTS + "/tables/ours_beside_paper.md"
@@ -105,6 +124,7 @@ wildcard_constraints:
     experiment="|".join(EXPERIMENTS),
     rank=r"\d+",
     seed=r"\d+",
+    lesson="|".join(LESSONS),
 
 
 localrules:
@@ -116,6 +136,7 @@ localrules:
 rule all:
     input:
         records(EXPERIMENTS),
+        expand(RESULTS + "/tables/{lesson}.csv", lesson=lessons),
         FINAL,
 
 
@@ -131,6 +152,22 @@ rule run:
         notebook=lambda wildcards: notebook(wildcards.experiment),
         code=lambda wildcards: code_hash(notebook(wildcards.experiment)),
         yaml=lambda wildcards, output: one_line(run_parameters(wildcards) | {"output": output[0]}),
+    shell:
+        PAPERMILL
+
+
+rule lesson:
+    input:
+        ancient(lambda wildcards: LESSONS[wildcards.lesson]),
+    output:
+        RESULTS + "/tables/{lesson}.csv",
+    log:
+        notebook=RESULTS + "/logs/{lesson}.ipynb",
+    params:
+        notebook=lambda wildcards: LESSONS[wildcards.lesson],
+        code=lambda wildcards: code_hash(LESSONS[wildcards.lesson], (*NUMERIC, "scaling")),
+        yaml=lesson_parameters,
+    threads: lambda wildcards: workflow.cores if wildcards.lesson in TIMED else 1
     shell:
         PAPERMILL
 

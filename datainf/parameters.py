@@ -50,6 +50,17 @@ def check(namespace: Mapping) -> dict[str, object]:
     return values
 
 
+def between(**limits: tuple[float, float, float]) -> None:
+    """Refuse a parameter outside its limits: ``between(noise=(noise, 0, 0.5))`` is name=(value, lowest, highest).
+
+    Raises:
+        InputError: names the first such parameter.
+    """
+    for name, (value, lowest, highest) in limits.items():
+        if not lowest <= value <= highest:
+            raise InputError(f"{name} must be from {lowest:g} to {highest:g}, not {value:g}.")
+
+
 def _is_of(value: object, annotation: str) -> bool:
     """Whether a value is of the declared type; True and False are no numbers here."""
     return annotation == "bool" if isinstance(value, bool) else isinstance(value, _TYPES[annotation])

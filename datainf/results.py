@@ -16,6 +16,7 @@ import joblib
 import pandas as pd
 import psutil
 import torch
+from matplotlib.figure import Figure
 
 from datainf.errors import InputError
 from datainf.files import write_whole
@@ -129,7 +130,21 @@ def save_run(path: str | Path, rows: pd.DataFrame, **facts) -> pd.DataFrame:
     record = rows.assign(**facts, **provenance())
     if missing := [column for column in RUN_COLUMNS if column not in record]:
         raise InputError(f"A run record needs the column {missing[0]!r}.")
-    record = record[[*RUN_COLUMNS, *(column for column in record if column not in RUN_COLUMNS)]]
+    return _save(path, record[[*RUN_COLUMNS, *(column for column in record if column not in RUN_COLUMNS)]])
+
+
+def save_measurements(path: str | Path, rows: pd.DataFrame, **facts) -> pd.DataFrame:
+    """Write what a notebook without a fine-tuned model measured, as `save_run` writes a run's record."""
+    return _save(path, rows.assign(**facts, **provenance()))
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure, and the folders above it where they are missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _save(path: str | Path, record: pd.DataFrame) -> pd.DataFrame:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), record.to_csv(index=False, float_format="%.6g"))
     return record

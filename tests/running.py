@@ -1,7 +1,9 @@
 """Notebooks executed by papermill, as a user executes them."""
 
+import re
 from pathlib import Path
 
+import nbformat
 import papermill
 import pytest
 import yaml
@@ -18,10 +20,26 @@ def execute(name: str, into: Path, **given) -> None:
     papermill.execute_notebook(NOTEBOOKS / path, into / path, given, cwd=ROOT, progress_bar=False)
 
 
+def execute_with_solutions(name: str, into: Path, **given) -> int:
+    """Run a notebook and then, in the same kernel, the code of its exercises' folded solutions; how many there are."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    folded = "\n".join(re.findall(r"<details>.*?</details>", prose, re.DOTALL))
+    solutions = re.findall(r"```python\n(.*?)```", folded, re.DOTALL)
+    notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in solutions]
+    nbformat.write(notebook, into / "with_solutions.ipynb")
+    papermill.execute_notebook(
+        into / "with_solutions.ipynb", into / f"{name}.ipynb", given, cwd=ROOT, progress_bar=False
+    )
+    return len(solutions)
+
+
 def assert_refused(sentence: str, name: str, into: Path, **given) -> None:
     """The notebook ends with one sentence, in which this one is, and no traceback around it."""
+    if "cache" in papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb"):
+        given |= {"cache": str(into / "cache")}
     with pytest.raises(PapermillExecutionError) as caught:
-        execute(name, into, cache=str(into / "cache"), **given)
+        execute(name, into, **given)
     shown = "\n".join(caught.value.traceback)
     assert sentence in shown and "\n" not in shown.strip()
 

@@ -11,8 +11,15 @@ from datainf.plotting.classification import (
 from datainf.plotting.identification import KINDS, by_loss, by_method, class_detection, class_heat_maps, loss_curve
 from datainf.plotting.pictures import influential_pictures, picture_grid, stability
 from datainf.plotting.style import METHOD_STYLE, STAGES, confidence_interval, label, use_style
+from datainf.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
 
 __all__ = [
+    "look",
+    "lines",
+    "ellipses",
+    "blocks",
+    "against_truth",
+    "GUIDE",
     "KINDS",
     "METHOD_STYLE",
     "STAGES",
