@@ -17,19 +17,18 @@ from torch.profiler import ProfilerActivity, profile
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-def seconds(function: Callable[[], object], repeats: int = 3, enough: float = 1.0) -> float:
-    """The shortest wall-clock time of at most `repeats` calls, the device's work included, after one to warm up.
+def cost(function: Callable[[], object], repeats: int = 3, enough: float = 3.0) -> tuple[float, int]:
+    """Seconds and bytes of one call.
 
-    The shortest, because whatever else the machine does can only add to it. No further call is made once one took
-    `enough` seconds, the first included, or all of them together did.
+    The seconds are the shortest of `repeats` calls, since whatever else the machine does can only add to them, after
+    one that warms up and has its bytes counted; where that one takes `enough` seconds, or all of them together do, no
+    further call is made.
     """
+    first, peak = _watched(function)
     times = []
-    while not times or (len(times) <= repeats and sum(times) < enough):
-        before = time.perf_counter()
-        function()
-        _finish()
-        times.append(time.perf_counter() - before)
-    return min(times[1:] or times)
+    while len(times) < repeats and first + sum(times) < enough:
+        times.append(_seconds(function))
+    return min(times or [first]), peak
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -38,29 +37,37 @@ def peak_bytes(function: Callable[[], object]) -> int:
     Counted by torch's own allocators: on a GPU where there is one, else on the CPU, where no process-wide measure is
     fine enough. What libraries allocate for themselves, such as a matrix product's packing buffers, is not included.
     """
+    return _watched(function)[1]
+
+
+def _watched(function: Callable[[], object]) -> tuple[float, int]:
+    """Seconds and peak bytes of one call, with the allocator watched."""
     if torch.cuda.is_available():
-        _finish()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - held
+        seconds = _seconds(function)
+        return seconds, torch.cuda.max_memory_allocated() - held
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+        seconds = _seconds(function)
     held = peak = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()  # negative where a tensor is freed
             peak = max(peak, held)
-    return peak
+    return seconds, peak
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    before = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - before
 
 
 def power_law(x: Float[np.ndarray, " k"], y: Float[np.ndarray, " k"]) -> tuple[float, float]:
     """The exponent and the factor of y = factor * x^exponent, by least squares on logarithms."""
     exponent, log_factor = np.polyfit(np.log(x), np.log(y), deg=1)
     return float(exponent), float(np.exp(log_factor))
-
-
-def _finish() -> None:
-    """Wait for the work that was queued on the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
