@@ -26,14 +26,21 @@ EXPERIMENTS = {
 }
 # What a section calls its datasets, which records call dataset.
 DATASET = {"classification": "dataset", "text": "task", "images": "task"}
-# What the notebooks without a model measure -> the notebook; the section `lessons` has the parameters of each.
+# The record of a teaching notebook -> the notebook, and the modules besides influence and rows that its numbers are by;
+# the section `lessons` has the parameters of each.
 LESSONS = {
-    "leave_one_out": "notebooks/00_influence_functions.ipynb",
-    "theorem1": "notebooks/01_datainf_derivation.ipynb",
-    "table1_complexity": "notebooks/50_complexity.ipynb",
+    "leave_one_out": ("notebooks/00_influence_functions.ipynb", ("gradients", "layers", "metrics")),
+    "theorem1": ("notebooks/01_datainf_derivation.ipynb", NUMERIC),
+    "table1_complexity": ("notebooks/50_complexity.ipynb", ("scaling",)),
 }
 TIMED = {"table1_complexity"}  # nothing else runs beside these
+ALL_CORES = workflow.resource_settings.cores or 4  # on a cluster there is no total: what a job of it asks for
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
+
+
+def lesson_code(path, modules):
+    """A hash of all that the numbers of a teaching notebook depend on."""
+    return code_hash(path, ("influence", "rows", *modules))
 
 
 def notebook(experiment):
@@ -70,17 +77,11 @@ def refuse_unknown(path, given):
 for experiment in EXPERIMENTS:
     own = section(experiment)
     refuse_unknown(notebook(experiment), set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values()))
-lessons = config.get("lessons") or {}
+lessons = {lesson: given or {} for lesson, given in (config.get("lessons") or {}).items()}
 for lesson, given in lessons.items():
-    refuse_unknown(LESSONS[lesson], given)
-
-
-def lesson_parameters(wildcards, output):
-    """The parameters of a notebook without a model; a folder for figures goes to those that keep some."""
-    keeps_figures = "figures" in papermill.inspect_notebook(LESSONS[wildcards.lesson])
-    folder = {"figures": f"{RESULTS}/figures"} if keeps_figures else {}
-    return one_line(lessons[wildcards.lesson] | folder | {"output": output[0]})
-
+    if lesson not in LESSONS:
+        raise WorkflowError(f"There is no lesson {lesson!r}, which config/{SCALE}.yaml names: {', '.join(LESSONS)}.")
+    refuse_unknown(LESSONS[lesson][0], given)
 
 RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
 FINAL = RESULTS + "/tables/ours_beside_paper.md"
@@ -136,7 +137,7 @@ localrules:
 rule all:
     input:
         records(EXPERIMENTS),
-        expand(RESULTS + "/tables/{lesson}.csv", lesson=lessons),
+        expand(RESULTS + "/runs/{lesson}.csv", lesson=lessons),
         FINAL,
 
 
@@ -158,16 +159,16 @@ rule run:
 
 rule lesson:
     input:
-        ancient(lambda wildcards: LESSONS[wildcards.lesson]),
+        ancient(lambda wildcards: LESSONS[wildcards.lesson][0]),
     output:
-        RESULTS + "/tables/{lesson}.csv",
+        RESULTS + "/runs/{lesson}.csv",
     log:
         notebook=RESULTS + "/logs/{lesson}.ipynb",
     params:
-        notebook=lambda wildcards: LESSONS[wildcards.lesson],
-        code=lambda wildcards: code_hash(LESSONS[wildcards.lesson], (*NUMERIC, "scaling")),
-        yaml=lesson_parameters,
-    threads: lambda wildcards: workflow.cores if wildcards.lesson in TIMED else 1
+        notebook=lambda wildcards: LESSONS[wildcards.lesson][0],
+        code=lambda wildcards: lesson_code(*LESSONS[wildcards.lesson]),
+        yaml=lambda wildcards: one_line(lessons[wildcards.lesson] | {"folder": RESULTS}),
+    threads: lambda wildcards: ALL_CORES if wildcards.lesson in TIMED else 1
     shell:
         PAPERMILL
 

@@ -133,14 +133,19 @@ def save_run(path: str | Path, rows: pd.DataFrame, **facts) -> pd.DataFrame:
     return _save(path, record[[*RUN_COLUMNS, *(column for column in record if column not in RUN_COLUMNS)]])
 
 
-def save_measurements(path: str | Path, rows: pd.DataFrame, **facts) -> pd.DataFrame:
-    """Write what a notebook without a fine-tuned model measured, as `save_run` writes a run's record."""
-    return _save(path, rows.assign(**facts, **provenance()))
+def save_lesson(folder: str | Path, name: str, rows: pd.DataFrame, **facts) -> None:
+    """Write what a teaching notebook measured to `folder`/tables/NAME.csv, and to runs/NAME.csv, its record.
+
+    The record is written last: where it is, the notebook is done.
+    """
+    for place in ("tables", "runs"):
+        _save(Path(folder) / place / f"{name}.csv", rows.assign(**facts, **provenance()))
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure, and the folders above it where they are missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
+    """Write a figure to `folder`/figures/NAME.png."""
+    path = Path(folder) / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

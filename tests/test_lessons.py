@@ -1,5 +1,10 @@
 """The teaching notebooks: their assertions hold, their solutions run, and the tracked results are what they say."""
 
+import os
+import re
+import subprocess
+import sys
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -17,30 +22,27 @@ SMALLEST = {
     "50_complexity": {
         **{"matrix_widths": [128, 256, 512], "widths": [512, 2048, 4096, 8192], "n_wide": 64},
         **{"examples": [1024, 2048, 4096], "d_tall": 256, "wide_examples": [64, 128, 256], "d_wide": 1024},
-        **{"layers": [1, 2, 4], "queries": [1, 4], "repeats": 1},
+        **{"layers": [1, 2, 4], "queries": [1, 4], "repeats": 1, "budget_mib": 1},
     },
+}
+
+
+RECORDS = {
+    "00_influence_functions": ("leave_one_out", []),
+    "01_datainf_derivation": ("theorem1", ["eigenvalues.png", "theorem1.png"]),
+    "50_complexity": ("table1_complexity", ["table1_crossover.png", "table1_memory.png", "table1_time.png"]),
 }
 
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_lesson_runs_with_the_solutions_of_its_exercises(name, tmp_path):
-    given = SMALLEST[name] | {"output": str(tmp_path / "tables" / "record.csv")}
-    if name.startswith("01"):
-        given |= {"cache": str(tmp_path / "cache")}
-    if not name.startswith("00"):
-        given |= {"figures": str(tmp_path / "figures")}
+    given = SMALLEST[name] | {"folder": str(tmp_path)} | ({"cache": str(tmp_path / "cache")} if "01" in name else {})
     assert execute_with_solutions(name, tmp_path, **given) == 3
-    record = pd.read_csv(tmp_path / "tables" / "record.csv")
-    assert record["commit"].notna().all() and record["torch"].eq(torch.__version__).all()
-    figures = sorted(path.name for path in tmp_path.glob("figures/*.png"))
-    assert (
-        figures
-        == {
-            "00_influence_functions": [],
-            "01_datainf_derivation": ["theorem1.png"],
-            "50_complexity": ["table1_crossover.png", "table1_memory.png", "table1_time.png"],
-        }[name]
-    )
+    record, figures = RECORDS[name]
+    rows = pd.read_csv(tmp_path / "runs" / f"{record}.csv")
+    assert rows["commit"].notna().all() and rows["torch"].eq(torch.__version__).all()
+    assert rows.equals(pd.read_csv(tmp_path / "tables" / f"{record}.csv"))
+    assert sorted(path.name for path in tmp_path.glob("figures/*.png")) == figures
     for cell in nbformat.read(tmp_path / f"{name}.ipynb", 4).cells:
         assert not [o for o in cell.get("outputs", []) if o.output_type == "stream" and o.name == "stderr"]
 
@@ -65,7 +67,6 @@ def test_lessons_say_goals_exercises_and_what_comes_next():
         prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
         assert "## Goals" in prose[0] and "**Takes**" in prose[0]
         assert "## Exercises" in prose[-1] and prose[-1].count("<details>") == 3 and "**Next:**" in prose[-1]
-        assert sum(cell.source.count("assert ") for cell in notebook.cells if cell.cell_type == "code") >= 4
 
 
 def test_tracked_leave_one_out_agrees_with_the_influence_function():
@@ -75,13 +76,13 @@ def test_tracked_leave_one_out_agrees_with_the_influence_function():
 
 def test_tracked_exponents_are_those_of_the_operations():
     exponents = pd.read_csv(TABLES / "table1_exponents.csv")
-    off = exponents[(exponents["measured"] - exponents["expected"]).abs() > 0.3]
-    # What notebook 50 explains: a copy of a block of gradients still weighs as much as two n x n matrices, and an
-    # inversion of a few thousand rows becomes faster per operation the larger it is.
-    explained = {("exact", "peak_bytes", "n < D"), ("exact_by_inversion", "seconds", "D")}
-    assert set(off[["method", "cost", "sweep"]].itertuples(index=False, name=None)) <= explained
-    assert off["measured"].gt(1.2).all() and len(exponents) == 44
-    assert (TABLES / "table1.md").read_text(encoding="utf8").count("|") > 50
+    memory, time = exponents[exponents["cost"] == "memory"], exponents[exponents["cost"] == "time"]
+    assert len(memory) == len(time) == 22
+    # What notebook 50 explains: a copy of the gradients still weighs as much as two n x n matrices.
+    off = memory[(memory["measured"] - memory["expected"]).abs() > 0.3]
+    assert off[["method", "sweep"]].to_numpy().tolist() == [["exact", "n < D"]]
+    # Seconds are a clock's, of whatever machine made the table last.
+    assert (time["measured"] - time["expected"]).abs().lt(0.6).all()
 
 
 def test_peak_bytes_counts_what_is_held_at_a_time():
@@ -93,16 +94,38 @@ def test_peak_bytes_counts_what_is_held_at_a_time():
 
 def test_cost_stops_when_it_has_enough():
     calls = []
-    assert scaling.cost(lambda: calls.append(1), repeats=4)[0] >= 0 and len(calls) == 5
+    scaling.cost(lambda: calls.append(1), repeats=4)
+    assert len(calls) == 5
     calls.clear()
-    assert scaling.cost(lambda: calls.append(1), repeats=4, enough=0)[0] >= 0 and len(calls) == 1
+    scaling.cost(lambda: calls.append(1), repeats=4, enough=0)
+    assert len(calls) == 1
 
 
-def test_bars_are_off_inside_and_as_before_after(monkeypatch):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_bytes_on_a_gpu():
+    assert scaling.peak_bytes(lambda: torch.zeros(1000, device="cuda"), "cuda") == 4096  # rounded up to 512
+    assert scaling.cost(lambda: torch.zeros(1000, device="cuda"), device="cuda")[0] > 0
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_bars_are_off_inside_and_as_before_after(before, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TQDM_DISABLE", before)
     with progress.off():
         assert progress.bar(range(3)).disable
-    assert not progress.bar(range(3), leave=None).disable
+    assert os.environ.get("TQDM_DISABLE") == before
+
+
+def test_lessons_are_planned_where_their_tables_are_but_their_records_are_not():
+    """On a fresh clone, where what they measured is tracked, they run all the same."""
+    command = [sys.executable, "-m", "snakemake", "--configfile", "config/demo.yaml", "--cores", "1", "-n", "--nolock"]
+    records = [f"results/demo/runs/{record}.csv" for record, _ in RECORDS.values()]
+    planned = subprocess.run([*command, *records, "--forcerun", "lesson"], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"^lesson\s+3$", planned.stdout + planned.stderr, re.MULTILINE)
+    tracked = subprocess.run(["git", "check-ignore", *records], cwd=ROOT, capture_output=True, text=True).stdout
+    assert tracked.split() == records
 
 
 def test_power_law():

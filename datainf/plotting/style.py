@@ -19,8 +19,8 @@ METHOD_STYLE = {
     "lissa_scaled(100)": ("LiSSA, scaled (100)", "#7A4069", ">"),
     "datainf": ("DataInf", "#D55E00", "o"),
     "exact": ("Exact", "#000000", "D"),
-    "exact_by_inversion": ("Exact, by inversion", "#6F6F6F", "d"),
-    "lissa_with_matrix": ("LiSSA, H formed", "#A66F00", "^"),
+    "exact_by_inversion": ("Exact, by inversion", "#6F6F6F", "h"),
+    "lissa_forming_H": ("LiSSA, H formed", "#A66F00", "p"),
     "prompt_similarity": ("Prompt similarity", "#999999", "X"),
     "picture_similarity": ("Picture similarity", "#009E73", "P"),
 }

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
@@ -42,7 +43,6 @@ def lines(
     width: float = 6.2,
     height: float = 4.2,
     columns: int = 2,
-    sharey: bool = False,
     ylim: tuple[float | None, float | None] | None = None,
 ) -> Figure:
     """Lines, each with its name at its right end instead of in a legend.
@@ -55,7 +55,7 @@ def lines(
         log: which axes are logarithmic: "x", "y", "xy" or "".
     """
     panels = list(dict.fromkeys(table[panel])) if panel else [None]
-    figure, axes = grid_of(panels, width=width, height=height, columns=columns, sharey=sharey)
+    figure, axes = grid_of(panels, width=width, height=height, columns=columns)
     for axis, name in zip(axes, panels, strict=True):
         some = table if panel is None else table[table[panel] == name]
         axis.set(
@@ -85,9 +85,11 @@ def lines(
 def _mark(axis: Axes, values: np.ndarray) -> None:
     """On a logarithmic x-axis that has too few powers of ten to read, mark some of the values themselves."""
     axis.xaxis.set_minor_formatter(NullFormatter())
-    if values[-1] / values[0] < 100:
+    few = len(values) <= 6
+    if few or values[-1] / values[0] < 100:
         evenly = np.geomspace(values[0], values[-1], 4)
-        some = np.unique([values[np.abs(np.log(values / at)).argmin()] for at in evenly])
+        nearest = np.unique([values[np.abs(np.log(values / at)).argmin()] for at in evenly])
+        some = values if few else nearest
         axis.set_xticks(some, [f"{value:,g}" for value in some])
         axis.set_xticks([], minor=True)
 
@@ -107,7 +109,8 @@ def _name_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, str, float,
         shifted = offset_copy(axis.transData, figure, x=6, y=(target - own) * 72 / figure.dpi, units="points")
         y = axis.transData.inverted().transform((0, own))[1]
         at = right if x > 0.5 * right else x
-        axis.text(at, y, text, color=_readable(colour), fontsize=size, va="center", transform=shifted, clip_on=False)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.text(at, y, text, color=_readable(colour), fontsize=size, va="center", transform=shifted, bbox=behind)
 
 
 def _apart(wanted: Sequence[float], gap: float) -> np.ndarray:
@@ -128,9 +131,12 @@ def _first(group: Sequence[float], gap: float) -> float:
     return total / members
 
 
-def _readable(colour: str) -> str:
-    """The colour for text: yellow is too light on white."""
-    return "#8A7F00" if colour == METHOD_STYLE["lissa_as_published"][1] else colour
+def _readable(colour: str) -> tuple[float, float, float]:
+    """The colour for text on white: light ones darkened until they can be read, and told apart in grey."""
+    red, green, blue = to_rgb(colour)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    darker = min(1, 0.45 / luminance) if luminance else 1
+    return red * darker, green * darker, blue * darker
 
 
 @shown_once
@@ -152,9 +158,7 @@ def against_truth(
     axis.axline((0, 0), slope=1, color="0.5", linewidth=1, linestyle=":")
     axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
-    axis.annotate(
-        "predicted = true", (0.93, 0.93), xycoords="axes fraction", ha="right", va="bottom", fontsize=9, color="0.4"
-    )
+    axis.annotate("predicted = true", (0.42, 0.5), xycoords="axes fraction", ha="right", fontsize=9, color="0.4")
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axis.locator_params(nbins=6)
     axis.legend(frameon=False, loc="lower right")
@@ -163,18 +167,31 @@ def against_truth(
 
 @shown_once
 def ellipses(
-    panels: Mapping[str, Mapping[str, tuple[np.ndarray, Look]]], title: str, xlabel: str, ylabel: str
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, Look]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    arrows: np.ndarray | None = None,
 ) -> Figure:
-    """What 2 x 2 matrices do to the unit circle: panel -> name -> (matrix, look), names beside the curves."""
-    figure, axes = grid_of(list(panels), width=5.2, height=4.6, columns=2)
+    """Positive definite 2 x 2 matrices A as the ellipses x^T A^-1 x = 1.
+
+    Args:
+        panels: panel -> name -> (matrix, look).
+        arrows: vectors in rows, drawn in the first panel.
+    """
+    figure, axes = grid_of(list(panels), width=5.4, height=4.8, columns=2)
     angles = np.linspace(0, 2 * np.pi, 400)
     circle = np.stack([np.cos(angles), np.sin(angles)])
     for axis, (name, matrices) in zip(axes, panels.items(), strict=True):
         for text, (matrix, (colour, line_style, _)) in matrices.items():
-            x, y = np.asarray(matrix) @ circle
-            axis.plot(x, y, color=colour, linestyle=line_style, label=text)
-        axis.set(title=name, xlabel=xlabel, ylabel=ylabel, aspect="equal")
-        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+            x, y = np.linalg.cholesky(np.asarray(matrix)) @ circle
+            axis.plot(x, y, color=colour, linestyle=line_style, linewidth=2, label=text)
+        axis.set(title=name, xlabel=xlabel, ylabel=ylabel)
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    for x, y in arrows if arrows is not None else ():
+        axes[0].annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "linewidth": 1.5, "color": "0.3"})
     figure.suptitle(title, fontsize=12)
     return figure
 
