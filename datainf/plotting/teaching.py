@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import offset_copy
+from scipy.optimize import isotonic_regression
 
 from datainf.plotting.style import GROUP_COLOURS, LABELS, METHOD_STYLE, grid_of, shown_once
 
@@ -113,22 +114,10 @@ def _name_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, str, float,
         axis.text(at, y, text, color=_readable(colour), fontsize=size, va="center", transform=shifted, bbox=behind)
 
 
-def _apart(wanted: Sequence[float], gap: float) -> np.ndarray:
+def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
     """The places nearest to the `wanted` ones, which are in order, that keep a `gap` between neighbours."""
-    groups = []  # each: [sum of wanted places, less the gaps below them inside the group; members]
-    for place in wanted:
-        groups.append([place, 1])
-        while len(groups) > 1 and _first(groups[-2], gap) + groups[-2][1] * gap > _first(groups[-1], gap):
-            total, members = groups.pop()
-            groups[-1][0] += total - gap * groups[-1][1] * members
-            groups[-1][1] += members
-    return np.concatenate([_first(group, gap) + gap * np.arange(group[1]) for group in groups])
-
-
-def _first(group: Sequence[float], gap: float) -> float:
-    """Where a group's lowest member stands so that the group is as near as it can be to where it wants to be."""
-    total, members = group
-    return total / members
+    gaps = gap * np.arange(len(wanted))
+    return isotonic_regression(wanted - gaps).x + gaps
 
 
 def _readable(colour: str) -> tuple[float, float, float]:
