@@ -7,20 +7,26 @@ A convolution is a Linear layer on the patches of its input.
 """
 
 import hashlib
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import joblib
+import psutil
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from datainf import processes
+from datainf.errors import InputError
 from datainf.layers import Layers, row_gradients, trainable_layers
-from datainf.progress import bar
+from datainf.memory import in_words
+from datainf.progress import bar, say_if_long
 from datainf.store import SHARD_BYTES, GradientStore, Shards
 
 LossFn = Callable[[nn.Module, Mapping], Tensor]
@@ -34,11 +40,13 @@ def per_sample_gradients(
     *,
     collate_fn: Callable[[list], Mapping] | None = None,
     batch_size: int = 32,
+    batch_tokens: int | None = None,
     rows_per_example: int = 1,
     concatenate: bool = False,
     layers: Layers = None,
     dtype: torch.dtype = torch.float32,
     store: str | Path | None = None,
+    shard_examples: int | None = None,
 ) -> GradientStore:
     """The gradient of every example's loss with respect to every trainable Linear or Conv2d weight.
 
@@ -46,26 +54,35 @@ def per_sample_gradients(
     like length share a batch; the results are in the order of the dataset. A batch that does not fit in memory is
     halved. The model is left exactly as it was found.
 
+    In several processes (``accelerate launch``) each takes some of the examples, and all return the same store.
+
     Args:
         model: any torch module; of a PEFT model the adapter's matrices and the saved head.
         dataset: anything with ``len`` and integer indexing.
         loss_fn: ``loss_fn(model, batch) -> Tensor (batch,)``.
         collate_fn: makes a batch of a list of examples; torch's default_collate where none is given.
         batch_size: examples in one forward and backward pass.
+        batch_tokens: instead of `batch_size`, as many examples as make up this many tokens, padding included: few long
+            ones or many short ones, at about the same memory.
         rows_per_example: how many rows of the model's batch each example is, one after another: as many as there are
             timesteps in a denoising loss.
         concatenate: keep the gradients of an example's rows side by side instead of their sum. d_l is then
             rows_per_example times as large.
         layers: a regular expression searched for in the names, or the names themselves; by default all.
-        dtype: in which the gradients are kept. They are computed in float32 at least.
+        dtype: in which the gradients are kept. They are computed in float32 at least. bfloat16 takes half the room and
+            rounds each number by up to 0.4 %.
         store: a folder to keep the gradients in. Extraction that was killed goes on where it stopped.
+        shard_examples: examples in one file of the store, which is the most that a kill costs; by default as many as
+            make up 256 MiB, and at least one batch.
 
     Returns:
         GradientStore: layer name -> Tensor (n, d_l), d_l = the layer's weight.numel(), flattened row by row.
 
     Raises:
         ValueError: no examples, no such layers, an unsupported adapter (DoRA), a loss that is not one finite number
-            per example, a layer that mixes examples, or a `store` that holds gradients of something else.
+            per example, a layer that mixes examples, a `store` that holds gradients of something else, or too little
+            room for the gradients on disk or in memory.
+        OSError: a shard of the `store` is damaged or of another store.
     """
     n = len(dataset)
     if n == 0:
@@ -74,34 +91,119 @@ def per_sample_gradients(
     parts = rows_per_example if concatenate else 1
     widths = {name: parts * module.weight.numel() for name, module in modules.items()}
     collate_fn = collate_fn or default_collate
-
-    if store is None:
-        shards, ranges = None, [(0, n)]
-        gradients = {name: torch.empty(n, d, dtype=dtype) for name, d in widths.items()}
-    else:
+    batches_of = partial(_batches, dataset, batch_size=batch_size, batch_tokens=batch_tokens)
+    shards = None
+    if store is not None:
         identity = _identity(model, dataset, loss_fn)
         if concatenate:
             identity["loss"] += f", {parts} rows side by side"
-        shards = Shards.create(store, n, widths, dtype, shard_bytes=SHARD_BYTES, identity=identity)
-        ranges = [shards.bounds(index) for index in shards.missing()]
+        if shard_examples is None:
+            shard_examples = max(batch_size, SHARD_BYTES // (sum(widths.values()) * dtype.itemsize))
+        shards = Shards.create(store, n, widths, dtype, shard_rows=shard_examples, identity=identity)
+    work = _my_work(n, shards, batches_of)
+    check_room(widths, dtype, sum(stop - start for start, stop, _ in work), store)
 
+    examples = sum(len(batch) for _, _, batches in work for batch in batches)
     with (
         _recording(model, modules, rows_per_example, parts) as differentiate,
-        bar(total=n, desc="per-sample gradients", unit="example") as progress,
+        bar(total=examples, desc="per-sample gradients", unit="example") as progress,
     ):
-        progress.update(n - sum(stop - start for start, stop in ranges))
-        for start, stop in ranges:
-            if shards is not None:
-                gradients = {name: torch.empty(stop - start, d, dtype=dtype) for name, d in widths.items()}
-            for indices in _batches(dataset, start, stop, batch_size):
-                for part, batch_gradients in _halving(indices, dataset, loss_fn, collate_fn, differentiate):
-                    rows = torch.tensor(part) - start
-                    for name, values in batch_gradients.items():
-                        gradients[name][rows] = values.to("cpu", dtype)
-                    progress.update(len(part))
+        began = time.monotonic()
+        for start, stop, batches in work:
+            gradients = {name: torch.zeros(stop - start, d, dtype=dtype) for name, d in widths.items()}
+            with _Landing(gradients, start) as landing:
+                for indices in batches:
+                    for part, values in _halving(
+                        indices, dataset, loss_fn, collate_fn or default_collate, differentiate
+                    ):
+                        landing.put(part, values)
+                        if progress.n == 0:
+                            say_if_long("per-sample gradients", len(part) / examples, time.monotonic() - began)
+                        progress.update(len(part))
             if shards is not None:
                 shards.write(start // shards.shard_rows, gradients)
-    return GradientStore(gradients) if shards is None else GradientStore.load(store)
+    if shards is None:
+        return GradientStore({name: processes.add_up(G) for name, G in gradients.items()})
+    processes.wait()
+    return GradientStore.load(store)
+
+
+def _my_work(n: int, shards: Shards | None, batches_of: Callable) -> list[tuple[int, int, list[list[int]]]]:
+    """What falls to this process, as (first example, the one after the last, batches): of a store, whole shards that
+    are yet to be written; in memory, some batches of all examples, whose gradients are added up later."""
+    rank, count = processes.rank_and_count()
+    if shards is None:
+        return [(0, n, list(batches_of(0, n))[rank::count])]
+    missing = shards.missing()
+    for index in sorted(set(range(len(shards))) - set(missing))[rank::count]:
+        shards.check(index, every_byte=True)
+    processes.wait()  # so that all have seen the same shards missing before the first is written
+    return [(*shards.bounds(index), list(batches_of(*shards.bounds(index)))) for index in missing[rank::count]]
+
+
+def check_room(widths: Mapping[str, int], dtype: torch.dtype, n: int, store: str | Path | None) -> None:
+    """Refuse to begin what cannot be finished: the gradients of n examples on the disk of `store`, or in memory.
+
+    Raises:
+        InputError: says how much is needed and how much there is.
+    """
+    needed = n * sum(widths.values()) * dtype.itemsize
+    free = psutil.virtual_memory().available if store is None else shutil.disk_usage(store).free
+    if needed > free:
+        where, instead = ("memory", "give a folder as store=") if store is None else ("the disk", "choose another disk")
+        raise InputError(
+            f"The gradients of {n} examples take {in_words(needed)}, but {where} has {in_words(free)} free: {instead}, "
+            "keep them in bfloat16 (dtype=), or take fewer layers (layers=)."
+        )
+
+
+class _Landing:
+    """Puts the gradients of a batch into their rows; from a GPU, while the next batch is under way there."""
+
+    def __init__(self, gradients: Mapping[str, Tensor], start: int):
+        self.gradients, self.start = gradients, start
+        self._stream: torch.cuda.Stream | None = None
+        self._under_way: tuple[list[int], dict[str, Tensor]] | None = None
+
+    def __enter__(self) -> "_Landing":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._finish()
+
+    def put(self, indices: Sequence[int], values: Mapping[str, Tensor]) -> None:
+        """Take the gradients of these examples off the device."""
+        self._finish()
+        device = next(iter(values.values())).device
+        if device.type == "cuda":
+            values = self._copy(values, device)
+        self._under_way = (indices, values)
+        if device.type != "cuda":
+            self._finish()
+
+    def _copy(self, values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Begin the copies to page-locked memory, beside the computation."""
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        copies = {}
+        with torch.cuda.stream(self._stream):
+            for name, value in values.items():
+                value.record_stream(self._stream)
+                value = value.to(self.gradients[name].dtype)
+                copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+                copies[name].copy_(value, non_blocking=True)
+        return copies
+
+    def _finish(self) -> None:
+        if self._under_way is None:
+            return
+        indices, values = self._under_way
+        if self._stream is not None:
+            self._stream.synchronize()
+        rows = torch.tensor(indices) - self.start
+        for name, value in values.items():
+            self.gradients[name][rows] = value.to(self.gradients[name].dtype)
+        self._under_way = None
 
 
 def reference_gradients(
@@ -223,13 +325,19 @@ def check_losses(losses: Tensor, examples: Sequence[int]) -> None:
         raise ValueError(f"The loss of example {examples[bad[0].item()]} is not finite.")
 
 
-def _batches(dataset: Sequence, start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
+def _batches(
+    dataset: Sequence, start: int, stop: int, *, batch_size: int, batch_tokens: int | None
+) -> Iterator[list[int]]:
     """Batches of the examples start..stop-1: like lengths together, the longest first, where memory is shortest."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-    indices = sorted(range(start, stop), key=lambda index: -_length(dataset[index]))
-    for first in range(0, len(indices), batch_size):
-        yield indices[first : first + batch_size]
+    for name, size in {"batch_size": batch_size, "batch_tokens": batch_tokens}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}.")
+    lengths = {index: _length(dataset[index]) for index in range(start, stop)}
+    indices = sorted(lengths, key=lambda index: -lengths[index])
+    while indices:
+        count = max(1, batch_tokens // max(1, lengths[indices[0]])) if batch_tokens else batch_size
+        yield indices[:count]
+        indices = indices[count:]
 
 
 def _length(example) -> int:

@@ -14,11 +14,13 @@ inverse-Hessian-vector products (ihvp) of the queries. The influence of training
 **Sign, everywhere: score > 0 means that up-weighting this training example raises the query's loss (harmful),
 score < 0 means that it lowers it (helpful).**
 
-This module knows tensors and nothing else. G may also be a `datainf.rows.Rows`, a matrix read in blocks of rows.
+This module knows tensors and nothing else. G may also be a `datainf.rows.Rows`, a matrix read in blocks. Where several
+processes were started (`datainf.processes`), each takes some of the layers.
 """
 
 import inspect
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -27,11 +29,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from datainf import progress
+from datainf import processes, progress
 from datainf.errors import InputError
-from datainf.rows import BLOCK_BYTES, Rows, gram, square_norms
+from datainf.memory import Blocks, Memory, Needs, bytes_of, share_out
+from datainf.rows import BLOCK_BYTES, Matrix, Rows, Scratch, gram, second_moment, slices, square_norms
 
-Matrix = Float[Tensor, "n d"] | Rows
 Method = Callable[..., Tensor]
 
 
@@ -47,11 +49,11 @@ def datainf(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m 
     """Average the inverses instead of inverting the average (paper Eq. 5); exact when n = 1.
 
     By the Sherman-Morrison formula (g g^T + lam I)^-1 v = (v - g (g.v) / (lam + ||g||^2)) / lam; averaged over the
-    n gradients that is two matrix products. (The second line of the paper's Eq. 5 has the opposite overall sign;
-    its first line and its Algorithm 1 agree with this.)
+    n gradients that is a second moment in which g_i has the weight 1 / (lam + ||g_i||^2): two matrix products. (The
+    second line of the paper's Eq. 5 has the opposite overall sign; its first line and its Algorithm 1 agree with this.)
     """
-    c = (V @ G.T) / (lam + square_norms(G))
-    return (V - c @ G / len(G)) / lam
+    weights = 1 / (lam + square_norms(G))
+    return (V - second_moment(G, V, weights)) / lam
 
 
 def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
@@ -68,9 +70,9 @@ def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"
     """
     (n, d), G64, V64 = G.shape, G.double(), V.double()
     if d <= n:
-        R = torch.cholesky_solve(V64.T, _cholesky(G64.T @ G64 / n, lam)).T
+        R = _solve(gram(G64.T).div_(n), lam, V64.T).T
     else:
-        R = (V64 - torch.cholesky_solve(G64 @ V64.T, _cholesky(gram(G64), n * lam)).T @ G64) / lam
+        R = (V64 - _solve(gram(G64), n * lam, G64 @ V64.T).T @ G64) / lam
     return R.to(V.dtype)
 
 
@@ -81,7 +83,7 @@ def lissa(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) 
     """
     R = V
     for _ in range(iterations):
-        R = V + R - (_second_moment(G, R) + lam * R)
+        R = V + R - (second_moment(G, R) + lam * R)
     return R
 
 
@@ -93,7 +95,7 @@ def lissa_scaled(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int
     step = 1 / (largest_eigenvalue(G) + lam)
     R = step * V
     for _ in range(iterations):
-        R = R + step * (V - _second_moment(G, R) - lam * R)
+        R = R + step * (V - second_moment(G, R) - lam * R)
     return R
 
 
@@ -110,21 +112,22 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _second_moment(G: Matrix, R: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """(G^T G / n) r for every row r of R, without ever forming the d x d matrix."""
-    return (R @ G.T) @ G / len(G)
+def _solve(A: Float[Tensor, "k k"], shift: float, B: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+    """(A + shift I)^-1 B for a symmetric A given by its lower triangle.
 
-
-def _cholesky(A: Float[Tensor, "k k"], shift: float) -> Float[Tensor, "k k"]:
-    """The lower Cholesky factor of A + shift I; overwrites A, which may be the largest tensor about."""
+    A may be the largest tensor about, so it is overwritten by its Cholesky factor, and no copy of it is ever made: its
+    transpose has the layout that LAPACK works on in place.
+    """
     A.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(A)
+    failed = torch.empty((), dtype=torch.int32, device=A.device)
+    U, _ = torch.linalg.cholesky_ex(A.mT, upper=True, out=(A.mT, failed))
     if failed.item():
         raise ValueError(
             f"The damped Hessian of size {len(A)} is not positive definite in float64: raise `damping` "
             f"(this layer's lam gives a shift of {shift:.1e})."
         )
-    return factor
+    halfway = torch.linalg.solve_triangular(U.mT, B, upper=False)
+    return torch.linalg.solve_triangular(U, halfway, upper=True)
 
 
 def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
@@ -132,11 +135,22 @@ def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
     start = torch.randn(1, G.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u = start.to(G.device, G.dtype)
     for _ in range(iterations):
-        u = _second_moment(G, u / u.norm())
+        u = second_moment(G, u / u.norm())
     return u.norm().item()
 
 
 # --- The scores -----------------------------------------------------------------------------------------------------
+
+
+# How many vectors of d_l and of n numbers each method holds for every query, its scores included.
+VECTORS = {
+    "hessian_free": (2, 3),
+    "datainf": (4, 3),
+    "lissa": (7, 3),
+    "lissa_scaled": (7, 3),
+    "lissa_as_published": (7, 3),
+    "exact": (12, 9),
+}
 
 
 def layer_damping(G: Matrix, damping: float = 0.1) -> float:
@@ -152,10 +166,13 @@ def influence(
     damping: float = 0.1,
     *,
     device: torch.device | str | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    memory: Memory = None,
     **options,
 ) -> Float[Tensor, "m n"]:
     """Influence of each of n training examples on each of m queries, summed over layers (paper Eq. 2).
+
+    A layer at a time, and of that what `memory` leaves room for: DataInf reads the training gradients twice, or once
+    where a whole layer is at hand. In several processes each takes some layers, and all return the same scores.
 
     Args:
         train: layer name -> per-sample training gradients G of shape (n, d_l): a `GradientStore` or any mapping.
@@ -165,7 +182,8 @@ def influence(
             as one Tensor.
         damping: the factor in `layer_damping`.
         device: where to compute; by default where the training gradients are.
-        block_bytes: the most bytes of G held on ``device`` at a time.
+        memory: the most bytes to hold on ``device`` at a time, such as "2GB", beside gradients that are in memory
+            already. By default gradients are read in blocks of 256 MiB, and nothing else is bounded.
         **options: passed on to the method, such as ``iterations=100`` for the LiSSA family.
 
     Returns:
@@ -173,9 +191,15 @@ def influence(
 
     Raises:
         ValueError: unknown method, layers or widths that differ between train and query, no examples, gradients
-            that are not finite (names the example and the layer), a layer whose training gradients are all zero.
+            that are not finite (names the example and the layer), a layer whose training gradients are all zero,
+            `memory` that is too little (says how much is needed).
     """
-    return -sum(R @ G.T for _, G, R in _layers(train, query, method, damping, device, block_bytes, options))
+    layers = _Layers(train, query, method, damping, device, memory, options)
+    total = layers.zeros(layers.m, layers.n)
+    for _, G, parts in layers:
+        for rows, R in parts:
+            total[rows] -= R @ G.T
+    return processes.add_up(total)
 
 
 def ihvp(
@@ -185,22 +209,35 @@ def ihvp(
     damping: float = 0.1,
     *,
     device: torch.device | str | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    memory: Memory = None,
     **options,
 ) -> dict[str, Float[Tensor, "m d"]]:
     """The first half of `influence`: layer name -> R (m, d_l), the inverse-Hessian-vector products of the queries.
 
     For those who time the two halves apart, or who keep R to score training examples that come later with
-    `scores`. Arguments and errors as in `influence`.
+    `scores`. Arguments and errors as in `influence`. In several processes: of the layers that fall to this one.
     """
-    return {name: R for name, _, R in _layers(train, query, method, damping, device, block_bytes, options)}
+    layers = _Layers(train, query, method, damping, device, memory, options)
+    found = {name: layers.zeros(layers.m, layers.widths[name]) for name in layers.mine}
+    for name, _, parts in layers:
+        for rows, R in parts:
+            found[name][rows] = R
+    return found
 
 
 def scores(
-    train: Mapping[str, Tensor], ihvp: Mapping[str, Float[Tensor, "m d"]], *, block_bytes: int = BLOCK_BYTES
+    train: Mapping[str, Tensor], ihvp: Mapping[str, Float[Tensor, "m d"]], *, memory: Memory = None
 ) -> Float[Tensor, "m n"]:
     """The second half of `influence`: score[j, k] = - sum over layers of R[j] . G[k], shape (m, n)."""
-    return -sum(R @ layer_rows(train, name, R.device, block_bytes).T for name, R in ihvp.items())
+    memory = None if memory is None else bytes_of(memory)
+    scratch, total = Scratch(), 0
+    for name, R in ihvp.items():
+        G = layer_rows(train, name, R.device, scratch=scratch)
+        (n, d), size = G.shape, G.dtype.itemsize
+        needs = Needs(fixed=4 * len(R) * n * size, per_query=0, layer=n * d * size, smallest_block=d * size)
+        G = G.to(block_bytes=share_out(memory, f"layer {name!r}", needs, kept=0, queries=len(R)).block_bytes)
+        total = total - R @ G.T
+    return processes.add_up(total)
 
 
 def self_influence(
@@ -209,7 +246,7 @@ def self_influence(
     damping: float = 0.1,
     *,
     device: torch.device | str | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    memory: Memory = None,
     **options,
 ) -> Float[Tensor, " n"]:
     """The influence of every training example on its own loss, shape (n,): the diagonal of ``influence(train, train)``.
@@ -217,24 +254,86 @@ def self_influence(
     Never positive for a positive definite H, since up-weighting an example lowers its own loss; the most negative
     scores belong to the examples that the model fits mostly by themselves. Arguments and errors as in `influence`.
     """
-    method = resolve_method(method, options)
-    check_pair(train, train, damping)
-    total = 0
-    for name in progress.bar(train, desc="self-influence", unit="layer"):
-        G = layer_rows(train, name, device, block_bytes)
-        total = total - torch.cat([(apply_method(method, name, G, V, damping) * V).sum(dim=1) for _, V in G.blocks()])
-    return total
+    layers = _Layers(train, train, method, damping, device, memory, options, in_blocks=True)
+    total = layers.zeros(layers.n)
+    for _, G, parts in layers:
+        for rows, R in parts:
+            total[rows] -= (R * G.tensor(rows)).sum(dim=1)
+    return processes.add_up(total)
 
 
-def _layers(train, query, method, damping, device, block_bytes, options) -> Iterator[tuple[str, Rows, Tensor]]:
-    """Check the arguments of `influence`, then yield (layer name, G, R) one layer at a time."""
-    method = resolve_method(method, options)
-    check_pair(train, query, damping)
-    for name in progress.bar(train, desc=_name_of(method), unit="layer"):
-        G = layer_rows(train, name, device, block_bytes)
-        V = layer_rows(query, name, G.device, block_bytes).tensor().to(G.dtype)
-        check_finite("query", name, square_norms(V))
-        yield name, G, apply_method(method, name, G, V, damping)
+class _Layers:
+    """What `influence`, `ihvp` and `self_influence` share: their arguments, checked, and the layers one at a time.
+
+    Iterating yields (layer name, G, parts), where parts yields (slice of query numbers, R of those queries): all
+    queries at once where `memory` allows it. Whether it allows anything is seen before the first layer is begun.
+    """
+
+    def __init__(self, train, query, method, damping, device, memory, options, in_blocks=False):
+        self.method = resolve_method(method, options)
+        check_pair(train, query, damping)
+        self.train, self.query, self.damping, self.in_blocks = train, query, damping, in_blocks
+        self.memory = None if memory is None else bytes_of(memory)
+        shapes = {name: layer_rows(train, name).shape for name in train}
+        self.widths = {name: d for name, (_, d) in shapes.items()}
+        self.mine = processes.my_share(self.widths)
+        first = next(iter(train))
+        self.n, self.m = shapes[first][0], layer_rows(query, first).shape[0]
+        like = layer_rows(train, first, device)
+        self.device, self.dtype = like.device, like.dtype
+        self._kept = 0
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A tensor for the result, whose bytes are then no longer to be had."""
+        tensor = torch.zeros(*shape, device=self.device, dtype=self.dtype)
+        self._kept += tensor.nbytes
+        return tensor
+
+    def __iter__(self) -> Iterator[tuple[str, Rows, Iterator[tuple[slice, Tensor]]]]:
+        blocks = {name: self._blocks(name) for name in self.mine}
+        scratch = Scratch()
+        began, what = time.monotonic(), _name_of(self.method)
+        for name in progress.bar(self.mine, desc=what, unit="layer"):
+            options = {"block_bytes": blocks[name].block_bytes, "scratch": scratch}
+            G = layer_rows(self.train, name, self.device, **options)
+            yield name, G, self._parts(name, G, blocks[name].queries)
+            if name == self.mine[0]:
+                share = self.widths[name] / sum(self.widths[mine] for mine in self.mine)
+                progress.say_if_long(f"{what}, {self.n} x {self.m} examples", share, time.monotonic() - began)
+
+    def _parts(self, name: str, G: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
+        rows_of_V = layer_rows(self.query, name, self.device, dtype=G.dtype)
+        for rows in slices(self.m, queries):
+            V = rows_of_V.tensor(rows)
+            check_finite("query", name, square_norms(V), rows.start)
+            yield rows, apply_method(self.method, name, G, V, self.damping)
+
+    def _blocks(self, name: str) -> Blocks:
+        d, G = self.widths[name], layer_rows(self.train, name)
+        most = self.m if not self.in_blocks else max(1, BLOCK_BYTES // (d * G.dtype.itemsize))
+        return share_out(
+            self.memory,
+            f"{_name_of(self.method)} on layer {name!r}",
+            kept=self._kept,
+            needs=needs_of(self.method, self.n, d, G.dtype.itemsize),
+            queries=min(self.m, most),
+        )
+
+
+def needs_of(method: Method, n: int, d: int, itemsize: int) -> Needs:
+    """What `method` holds beside gradients that are in memory already, and what `influence` does with its result.
+
+    Counted in vectors of d and of n numbers for each query; `exact` has them in float64, and its matrix.
+    """
+    name = _name_of(method)
+    d_vectors, n_vectors = VECTORS.get(name, VECTORS["lissa"])
+    per_query = (d_vectors * d + n_vectors * n) * itemsize
+    smallest, layer, fixed = itemsize * d, itemsize * n * d, itemsize * 4 * n
+    if name == "exact":
+        smallest, layer, fixed = 8 * max(n, d), 8 * n * d, fixed + 8 * min(n, d) ** 2
+    elif not _is_built_in(method):
+        smallest = layer
+    return Needs(fixed, per_query, layer, smallest)
 
 
 def resolve_method(method: str | Method, options: Mapping[str, object] | None = None) -> Method:
@@ -284,13 +383,14 @@ def apply_method(method: Method, name: str, G: Rows, V: Float[Tensor, "m d"], da
 def layer_rows(
     gradients: Mapping[str, Tensor],
     name: str,
-    device: torch.device | str | None,
-    block_bytes: int = BLOCK_BYTES,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options,
 ) -> Rows:
     """The rows of one layer, in float32 at least; read lazily where the mapping offers it (`GradientStore.rows`)."""
     rows = gradients.rows(name) if hasattr(gradients, "rows") else Rows.of(gradients[name])
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return Rows(rows.read, rows.shape, device=device or rows.device, dtype=dtype, block_bytes=block_bytes)
+    dtype = dtype or torch.promote_types(rows.dtype, torch.float32)
+    return rows.to(device=device or rows.device, dtype=dtype, **options)
 
 
 # --- What can be wrong with the input -------------------------------------------------------------------------------
@@ -310,7 +410,7 @@ def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor], damping
         )
     n_of = {}
     for name in train:
-        shapes = [tuple(layer_rows(side, name, None).shape) for side in (train, query)]
+        shapes = [tuple(layer_rows(side, name).shape) for side in (train, query)]
         if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != shapes[1][1]:
             raise ValueError(
                 f"Layer {name!r} has shape {shapes[0]} in train and {shapes[1]} in query; "
@@ -323,12 +423,13 @@ def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor], damping
                 raise ValueError(f"Layer {name!r} has {examples} {side} rows where the others have {n_of[side]}.")
 
 
-def check_finite(side: str, name: str, squares: Float[Tensor, " n"]) -> None:
-    """Refuse gradients that are not finite, naming the first such example; `squares` are their squared norms."""
+def check_finite(side: str, name: str, squares: Float[Tensor, " n"], first: int = 0) -> None:
+    """Refuse gradients that are not finite, naming the first such example; `squares` are the squared norms of those
+    from number `first` on."""
     bad = (~torch.isfinite(squares)).nonzero().flatten()
     if len(bad):
         raise ValueError(
-            f"The gradient of {side} example {bad[0].item()} in layer {name!r} is not finite "
+            f"The gradient of {side} example {first + bad[0].item()} in layer {name!r} is not finite "
             f"({len(bad)} of {len(squares)} examples): look at that example's loss, or drop it."
         )
 

@@ -1,88 +1,144 @@
-"""A matrix of gradients seen through blocks of its rows, so that it need not fit in memory.
+"""A matrix of gradients seen through blocks, so that it need not fit in memory.
 
-The influence methods are written as matrix equations in G of shape (n, d). `Rows` gives them those products
-(`V @ G.T`, `C @ G`, `G @ G.T`, `G.T @ G`, the squared row norms) while holding one block of rows at a time, so
-the same line of code reads as its equation for a tensor in memory and for a layer that lives on disk.
+The influence methods are written as matrix equations in G of shape (n, d). `Rows` gives them those products (`V @ G.T`,
+`C @ G`, `G @ X`, `second_moment`, `gram`, the squared row norms) while holding one block of rows or columns at a time,
+so the same line of code reads as its equation for a tensor in memory and for a layer that lives on disk.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 BLOCK_BYTES = 256 * 2**20
+ALL = slice(None)
+
+
+class Scratch:
+    """Memory for one block at a time, and which block it holds.
+
+    Fresh memory costs more than filling it, so a block is written over the one before; and a block that is asked for
+    twice in a row is read once. Several `Rows` may share one scratch, of layer after layer.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._holds: tuple | None = None
+
+    def block(
+        self, key: tuple, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fill: Callable, limit: int
+    ) -> Tensor:
+        """The block called `key`: ``fill(out)`` is called unless it is held already. Valid until the next call.
+
+        No more than `limit` bytes are kept, or what this block takes.
+        """
+        size = shape[0] * shape[1] * dtype.itemsize
+        if self._bytes.device != device or not size <= len(self._bytes) <= max(size, limit):
+            self._bytes = self._holds = None  # first, so that old and new are never held together
+            self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        out = self._bytes[:size].view(dtype).view(shape)
+        if self._holds != key:
+            self._holds = None
+            fill(out)
+            self._holds = key
+        return out
 
 
 class Rows:
-    """A lazy (n, d) matrix, read in blocks of consecutive rows.
+    """A lazy (n, d) matrix, read in blocks.
 
     Args:
-        read: ``read(start, stop)`` returns rows start..stop-1 as a Tensor of shape (stop - start, d).
+        pieces: ``pieces(rows, columns)`` yields the tensors that make up those rows and columns, one below the other.
         shape: (n, d).
         device, dtype: where and in which type each block is handed to the products.
         block_bytes: the most bytes that one block may take on ``device``.
+        square_norms: ||g_i||^2 of every row, shape (n,), where known.
+        in_memory_as: (device, dtype) of the tensor whose rows these are. While those are asked for, the whole matrix is
+            one block, which takes no further memory.
+        scratch: where blocks are held, if it is to be shared with others.
     """
 
     def __init__(
         self,
-        read: Callable[[int, int], Tensor],
+        pieces: Callable[[slice, slice], Iterable[Tensor]],
         shape: tuple[int, int],
         *,
         device: torch.device | str,
         dtype: torch.dtype,
         block_bytes: int = BLOCK_BYTES,
+        square_norms: Tensor | None = None,
+        in_memory_as: tuple[torch.device, torch.dtype] | None = None,
+        scratch: Scratch | None = None,
     ):
-        self.read, self.shape, self.device, self.dtype = read, shape, torch.device(device), dtype
-        self.block_bytes = block_bytes
+        self.pieces, self.shape, self.dtype = pieces, tuple(shape), dtype
+        self.device = torch.empty(0, device=device).device  # with its index: "cuda" becomes "cuda:0"
+        self.block_bytes, self.in_memory_as, self.scratch = block_bytes, in_memory_as, scratch or Scratch()
+        self._known_square_norms = square_norms
 
     @classmethod
     def of(cls, tensor: Tensor, **options) -> "Rows":
         """The rows of a tensor that is in memory; a block is a view where neither device nor type changes."""
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
-        return cls(lambda start, stop: tensor[start:stop], tuple(tensor.shape), **options)
+        in_memory_as = (tensor.device, tensor.dtype)
+        pieces = lambda rows, columns: (tensor[rows, columns],)  # noqa: E731
+        return cls(pieces, tuple(tensor.shape), in_memory_as=in_memory_as, **options)
 
     def __len__(self) -> int:
         return self.shape[0]
 
+    def to(self, **changes) -> "Rows":
+        """The same rows with another device, dtype, block_bytes or scratch."""
+        keep = {name: getattr(self, name) for name in ("device", "dtype", "block_bytes", "in_memory_as", "scratch")}
+        return Rows(self.pieces, self.shape, square_norms=self._known_square_norms, **keep | changes)
+
     def double(self) -> "Rows":
         """The same rows, handed out in float64."""
-        return Rows(self.read, self.shape, device=self.device, dtype=torch.float64, block_bytes=self.block_bytes)
+        return self.to(dtype=torch.float64)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice of row numbers, block of rows on ``device`` in ``dtype``), in order."""
-        if self.is_one_block:
-            yield slice(0, len(self)), self._only_block
-            return
-        for start in range(0, len(self), self._block_rows):
-            stop = min(len(self), start + self._block_rows)
-            yield slice(start, stop), self._block(start, stop)
+        """Yield (slice of row numbers, block of rows on ``device`` in ``dtype``), in order; each until the next."""
+        yield from ((rows, self._block(rows, ALL)) for rows in slices(len(self), self._fit(self.shape[1])))
 
-    @property
-    def is_one_block(self) -> bool:
-        """Whether the whole matrix fits in a block."""
-        return len(self) <= self._block_rows
+    def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (slice of column numbers, block of columns), in order; each until the next."""
+        yield from ((columns, self._block(ALL, columns)) for columns in slices(self.shape[1], self._fit(len(self))))
 
-    @property
-    def _block_rows(self) -> int:
-        return max(1, self.block_bytes // max(1, self.shape[1] * self.dtype.itemsize))
+    def tensor(self, rows: slice = ALL) -> Tensor:
+        """All rows or a slice of them, as a tensor of their own or, where nothing changes, of who made these `Rows`."""
+        pieces = [piece.to(self.device, self.dtype) for piece in self.pieces(rows, ALL)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    @cached_property
-    def _only_block(self) -> Tensor:
-        """A matrix of one block is read once, however many products it enters."""
-        return self._block(0, len(self))
+    def _fit(self, length: int) -> int:
+        """How many rows (or columns) of `length` entries fit in a block; at least one."""
+        if self.in_memory_as == (self.device, self.dtype):
+            return max(1, *self.shape)
+        return max(1, self.block_bytes // max(1, length * self.dtype.itemsize))
 
-    def _block(self, start: int, stop: int) -> Tensor:
-        return self.read(start, stop).to(self.device, self.dtype)
+    def _block(self, rows: slice, columns: slice) -> Tensor:
+        rows, columns = slice(*rows.indices(self.shape[0])), slice(*columns.indices(self.shape[1]))
+        pieces = iter(self.pieces(rows, columns))
+        first = next(pieces)
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        if first.shape == shape and first.device == self.device and first.dtype == self.dtype:
+            return first
 
-    def tensor(self) -> Tensor:
-        """The whole matrix in memory, shape (n, d)."""
-        return self._only_block if self.is_one_block else torch.cat([block for _, block in self.blocks()])
+        def fill(out: Tensor) -> None:
+            start = 0
+            for piece in (first, *pieces):
+                out[start : start + len(piece)].copy_(piece)
+                start += len(piece)
+
+        # By the function that reads, not by this object: `double()` and `to()` are of the same matrix.
+        key = (self.pieces, rows.start, rows.stop, columns.start, columns.stop, self.dtype)
+        return self.scratch.block(key, shape, self.dtype, self.device, fill, self.block_bytes)
 
     @cached_property
     def square_norms(self) -> Tensor:
         """||g_i||^2 of every row, shape (n,)."""
+        if self._known_square_norms is not None:
+            return self._known_square_norms.to(self.device, self.dtype)
         return torch.cat([square_norms(block) for _, block in self.blocks()])
 
     @property
@@ -96,9 +152,9 @@ class Rows:
             product.addmm_(C[:, rows], block)
         return product
 
-    def __matmul__(self, right) -> Tensor:
-        """G @ X for X of shape (d, k), or G @ G.T: block by block, shape (n, k)."""
-        return torch.cat([block @ right for _, block in self.blocks()])
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """G @ X for X of shape (d, k): block by block, shape (n, k)."""
+        return torch.cat([block @ X for _, block in self.blocks()])
 
     # Without this, torch would try to read a Rows on the right of `@` as a tensor instead of calling __rmatmul__.
     __torch_function__ = classmethod(lambda cls, *args, **kwargs: NotImplemented)
@@ -110,45 +166,50 @@ class _Columns:
     __torch_function__ = classmethod(lambda cls, *args, **kwargs: NotImplemented)
 
     def __init__(self, rows: Rows):
-        self.rows = rows
+        self.rows, self.shape, self.device, self.dtype = rows, rows.shape[::-1], rows.device, rows.dtype
 
     def __rmatmul__(self, V: Tensor) -> Tensor:
         """V @ G.T for V of shape (m, d), shape (m, n)."""
         return torch.cat([V @ block.T for _, block in self.rows.blocks()], dim=1)
 
-    def __matmul__(self, right: Rows) -> Tensor:
-        """G.T @ H for another matrix H with as many rows, of shape (n, k): a sum over blocks, shape (d, k)."""
-        product = 0
-        for rows, block in self.rows.blocks():
-            same_rows = block if right is self.rows else right.read(rows.start, rows.stop).to(block)
-            product = product + block.T @ same_rows
-        return product
+    def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        return ((rows, block.T) for rows, block in self.rows.blocks())
 
 
-def square_norms(G: Tensor | Rows) -> Tensor:
-    """||g_i||^2 of every row of G (n, d), shape (n,)."""
+Matrix = Float[Tensor, "n d"] | Rows
+
+
+def square_norms(G: Matrix) -> Float[Tensor, " n"]:
+    """||g_i||^2 of every row of G."""
     return G.square_norms if isinstance(G, Rows) else torch.linalg.vector_norm(G, dim=1).square()
 
 
-def gram(G: Tensor | Rows, parts: int = 8) -> Tensor:
-    """The lower triangle of K = G G^T, shape (n, n); what stands above the diagonal blocks is zero.
+def second_moment(
+    G: Matrix, R: Float[Tensor, "m d"], weights: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "m d"]:
+    """((R G^T) diag(weights) G) / n, that is sum_i w_i g_i g_i^T / n times every row of R; the weights are 1 if None.
 
-    Half the work of the full product, and all that a Cholesky factorization reads.
+    One pass over G: each block enters both products while it is at hand. The d x d matrix is never formed.
     """
-    if isinstance(G, Rows) and G.is_one_block:
-        G = G.tensor()
-    size = math.ceil(len(G) / parts)
+    product = torch.zeros_like(R)
+    for rows, block in G.blocks() if isinstance(G, Rows) else [(ALL, G)]:
+        C = R @ block.T
+        product.addmm_(C if weights is None else C.mul_(weights[rows]), block)
+    return product.div_(len(G))
 
-    def blocks() -> Iterator[tuple[slice, Tensor]]:
-        if isinstance(G, Rows):
-            yield from G.blocks()
-        else:
-            yield from ((slice(start, start + size), G[start : start + size]) for start in range(0, len(G), size))
 
-    K = torch.zeros(len(G), len(G), device=G.device, dtype=G.dtype)
-    for rows, block in blocks():
-        for columns, other in blocks():
-            K[rows, columns] = block @ other.T
-            if columns == rows:
-                break
-    return K
+def gram(M: Matrix | _Columns, parts: int = 8) -> Float[Tensor, "k k"]:
+    """The lower triangle of M M^T, shape (k, k) for M of k rows; what stands above the diagonal parts is zero.
+
+    Half the work of the full product, and all that a Cholesky factorization reads; one pass over M.
+    """
+    product = torch.zeros(M.shape[0], M.shape[0], device=M.device, dtype=M.dtype)
+    for _, block in [(ALL, M)] if isinstance(M, Tensor) else M.column_blocks():
+        for rows in slices(len(product), -(-len(product) // parts)):
+            product[rows, : rows.stop].addmm_(block[rows], block[: rows.stop].T)
+    return product
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """0..length-1 in runs of at most `size`."""
+    return (slice(start, min(length, start + size)) for start in range(0, length, size))

@@ -2,12 +2,17 @@
 
 On disk a store is a folder with ``manifest.json`` (what the gradients are of, and how they are cut) and one
 safetensors file per shard of consecutive examples. A shard is written aside and renamed, so a file with a shard's
-name is whole, however the writing ended; extraction resumes from the shards that are there.
+name is whole, however the writing ended; extraction resumes from the shards that are there. Each shard says of which
+store it is, holds the squared norms of its gradients beside them, and has a checksum.
 """
 
+import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from datainf.files import fill_whole, write_whole
+from datainf.files import fill_whole, remove_stale, write_whole
 from datainf.rows import Rows
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 256 * 2**20
+# The name in a shard of the (rows, L) squared norms; no layer is called so.
+SQUARE_NORMS = "||g||^2"
 
 
 class GradientStore(Mapping[str, Tensor]):
@@ -45,6 +52,7 @@ class GradientStore(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: there is no store in `folder`, or shards are missing (an extraction was cut short).
+            OSError: a shard cannot be read or is of another store. (`verify` looks at every byte.)
         """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
@@ -55,6 +63,8 @@ class GradientStore(Mapping[str, Tensor]):
                 f"The gradient store in {folder} is not complete: {len(missing)} of {len(shards)} shards are missing. "
                 "Call per_sample_gradients again with store= this folder to finish it."
             )
+        for index in range(len(shards)):
+            shards.check(index)
         store = cls.__new__(cls)
         store._layers, store._widths = None, shards.widths
         store.n, store.dtype, store.folder, store._shards = shards.n, shards.dtype, folder, shards
@@ -70,16 +80,25 @@ class GradientStore(Mapping[str, Tensor]):
             raise FileExistsError(f"{folder} holds a gradient store already: choose another folder or delete it.")
         shards = Shards.create(folder, self.n, self._widths, self.dtype, shard_bytes=shard_bytes)
         for index in shards.missing():
-            start, stop = shards.bounds(index)
-            shards.write(index, {name: self.rows(name).read(start, stop) for name in self})
+            shards.write(index, {name: self.rows(name).tensor(slice(*shards.bounds(index))) for name in self})
         return self.load(folder)
+
+    def verify(self) -> None:
+        """Read a store on disk through, comparing every shard with its checksum; nothing to do in memory.
+
+        Raises:
+            OSError: a shard is damaged; names it and says what to do.
+        """
+        for index in range(len(self._shards) if self.folder else 0):
+            self._shards.check(index, every_byte=True)
 
     def rows(self, name: str) -> Rows:
         """The gradients of one layer as a lazy (n, d_l) matrix."""
         if self._layers is not None:
             return Rows.of(self[name])
-        read = self._shards.reader(name)
-        return Rows(read, (self.n, self._widths[name]), device="cpu", dtype=self.dtype)
+        pieces = partial(self._shards.pieces, name)
+        shape = (self.n, self._widths[name])
+        return Rows(pieces, shape, device="cpu", dtype=self.dtype, square_norms=self._shards.square_norms[name])
 
     def mean(self) -> "GradientStore":
         """The mean gradient of every layer, as a store of one example: the gradient of the mean loss."""
@@ -124,6 +143,7 @@ class Shards:
         self.folder, self.manifest = folder, manifest
         self.n, self.widths, self.shard_rows = manifest["n"], manifest["layers"], manifest["shard_rows"]
         self.dtype = getattr(torch, manifest["dtype"])
+        self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def open(cls, folder: str | Path) -> "Shards":
@@ -138,11 +158,13 @@ class Shards:
         dtype: torch.dtype,
         *,
         shard_bytes: int = SHARD_BYTES,
+        shard_rows: int | None = None,
         identity: Mapping[str, str] | None = None,
     ) -> "Shards":
         """Begin a store in `folder`, or go on with the one that is there if it is of the same gradients.
 
-        `identity` says what the gradients are of (the model, the data, the loss), in short strings.
+        `identity` says what the gradients are of (the model, the data, the loss), in short strings. A shard has
+        `shard_rows` examples, or as many as make up `shard_bytes`.
 
         Raises:
             ValueError: `folder` holds gradients of something else; the message says what differs.
@@ -150,11 +172,11 @@ class Shards:
         folder = Path(folder)
         row_bytes = max(1, sum(widths.values()) * dtype.itemsize)
         manifest = {
-            "format": 1,
+            "format": 2,
             "n": n,
             "layers": dict(widths),
             "dtype": str(dtype).removeprefix("torch."),
-            "shard_rows": max(1, min(n, shard_bytes // row_bytes)),
+            "shard_rows": max(1, min(n, shard_rows or shard_bytes // row_bytes)),
             "identity": dict(identity or {}),
         }
         if (folder / MANIFEST).exists():
@@ -169,6 +191,7 @@ class Shards:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+        remove_stale(folder)
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -187,27 +210,59 @@ class Shards:
 
     def write(self, index: int, gradients: Mapping[str, Tensor]) -> None:
         """Write one shard: layer name -> (rows of the shard, d_l)."""
-        tensors = {name: tensor.to(self.dtype).contiguous().cpu() for name, tensor in gradients.items()}
-        fill_whole(self.path(index), lambda path: save_file(tensors, path))
+        tensors = {name: gradients[name].to("cpu", self.dtype).contiguous() for name in self.widths}
+        tensors[SQUARE_NORMS] = torch.stack([self._square_norms_of(tensors[name]) for name in self.widths], dim=1)
+        about = {"store": self.digest, "index": str(index), "checksum": _checksum(tensors)}
+        fill_whole(self.path(index), lambda path: save_file(tensors, path, metadata=about))
 
-    def reader(self, name: str):
-        """``read(start, stop)`` for one layer: the rows of those examples, from as many shards as they span."""
+    def _square_norms_of(self, G: Tensor) -> Tensor:
+        # Of the gradients as they are stored, so that whoever computes them from the store finds the same.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return torch.linalg.vector_norm(G, dim=1, dtype=dtype).square()
 
-        def read(start: int, stop: int) -> Tensor:
-            parts = []
-            for index in range(start // self.shard_rows, math.ceil(stop / self.shard_rows)):
-                first, last = self.bounds(index)
-                parts.append(self._read(index, name, max(start, first) - first, min(stop, last) - first))
-            return torch.cat(parts)
+    @cached_property
+    def square_norms(self) -> dict[str, Tensor]:
+        """Layer name -> ||g_i||^2 of every example, shape (n,)."""
+        table = torch.cat(list(self.pieces(SQUARE_NORMS, slice(None))))
+        return {name: table[:, column].contiguous() for column, name in enumerate(self.widths)}
 
-        return read
+    def check(self, index: int, every_byte: bool = False) -> None:
+        """Refuse a shard that cannot be read or is not of this store; with `every_byte`, one that was changed.
 
-    def _read(self, index: int, name: str, start: int, stop: int) -> Tensor:
+        Raises:
+            OSError: names the shard and says what to do.
+        """
+        with self._opened(index) as file:
+            about = file.metadata() or {}
+            if about.get("store") != self.digest or about.get("index") != str(index):
+                raise OSError(self._refusal(index, "is of another store (another model, data, loss or layers)"))
+            if every_byte and _checksum({name: file.get_tensor(name) for name in file.keys()}) != about["checksum"]:
+                raise OSError(self._refusal(index, "is damaged (its checksum differs)"))
+
+    def _refusal(self, index: int, what: str) -> str:
+        again = "delete it and call per_sample_gradients again with store= its folder to make it anew."
+        return f"Shard {self.path(index)} {what}: {again}"
+
+    def pieces(self, name: str, rows: slice, columns: slice = slice(None)) -> Iterator[Tensor]:
+        """The rows and columns of one layer, from as many shards as the rows span, in order."""
+        start, stop, _ = rows.indices(self.n)
+        for index in range(start // self.shard_rows, math.ceil(stop / self.shard_rows)):
+            first, last = self.bounds(index)
+            with self._opened(index) as file:
+                yield file.get_slice(name)[max(start, first) - first : min(stop, last) - first, columns]
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[safe_open]:
         try:
             with safe_open(self.path(index), framework="pt") as file:
-                return file.get_slice(name)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise OSError(
-                f"Shard {self.path(index)} cannot be read ({error}): delete it and call per_sample_gradients again "
-                "with store= its folder to make it anew."
-            ) from error
+                yield file
+        except SafetensorError as error:
+            raise OSError(self._refusal(index, f"cannot be read ({error})")) from error
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of the names and bytes of all tensors."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"

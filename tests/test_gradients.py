@@ -1,12 +1,14 @@
 """The hooks against the one-example loop, and everything that must not change a gradient."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import datainf
+from datainf.errors import InputError
 from datainf.layers import trainable_layers
 from datainf.losses import classification
 
@@ -168,6 +170,36 @@ def test_out_of_memory_halves_the_batch(make_model, token_examples, pad_collate)
     assert sizes == [12, 6, 3, 3, 6, 3, 3]
     whole = datainf.per_sample_gradients(model, token_examples, classification, collate_fn=pad_collate)
     assert relative_error(halved, whole) <= 1e-5
+
+
+def test_a_budget_of_tokens_makes_the_batches(make_model, token_examples, pad_collate):
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(tuple(batch["input_ids"].shape))
+        return classification(model, batch)
+
+    model = make_model("roberta")
+    found = datainf.per_sample_gradients(model, token_examples, loss_fn, collate_fn=pad_collate, batch_tokens=36)
+    # By lengths 24, 17, 13, 11, 9, 9, 8, 6, 5, 4, 3, 2; a batch is the longest's multiple, of at most 36 tokens.
+    assert seen == [(1, 24), (2, 17), (3, 11), (4, 8), (2, 3)]
+    expected = datainf.per_sample_gradients(model, token_examples, classification, collate_fn=pad_collate)
+    assert relative_error(found, expected) <= 1e-5
+    with pytest.raises(ValueError, match="batch_tokens must be at least 1, not 0"):
+        datainf.per_sample_gradients(model, token_examples, classification, batch_tokens=0)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_gradients_that_have_no_room_are_refused_before_work(where, tmp_path, make_model, token_examples, monkeypatch):
+    def loss_fn(model, batch):
+        raise AssertionError("work was begun")
+
+    free = SimpleNamespace(available=1000, free=1000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+    store = tmp_path / "store" if where == "disk" else None
+    with pytest.raises(InputError, match=rf"12 examples take 70.7kB, but (the )?{where} has 1.00kB free"):
+        datainf.per_sample_gradients(make_model("roberta"), token_examples, loss_fn, store=store)
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(make_model, token_examples, pad_collate):

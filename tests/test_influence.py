@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import datainf
+from datainf import scaling
+from datainf.errors import InputError
 from datainf.influence import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled
-from datainf.rows import Rows, gram
+from datainf.rows import Rows, gram, second_moment
 
 WIDE, TALL = (9, 40), (60, 12)  # (n, d): d > n takes exact's dual system, d <= n its primal one
 
@@ -168,25 +170,61 @@ def test_positive_means_harmful():
         assert scores[0, 0] < 0 < scores[0, 1]
 
 
+class Streamed(dict):
+    """Gradients that come in pieces, as those on disk do: a block is held in memory of its own."""
+
+    def rows(self, name):
+        G = self[name]
+        pieces = lambda rows, columns: (row[None, columns] for row in G[rows])  # noqa: E731
+        return Rows(pieces, G.shape, device="cpu", dtype=G.dtype)
+
+
+def least_memory(train, query, method) -> int:
+    """What the refusal of too little memory says is needed."""
+    with pytest.raises(ValueError, match=r"memory=.* is too little: .* needs at least") as refused:
+        datainf.influence(train, query, method=method, memory=1)
+    number, unit = re.search(r"at least ([\d.]+)(k?)B", str(refused.value)).groups()
+    return int(float(number) * (1000 if unit else 1) * 1.01)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("block_rows", [1, 4])
-def test_blocks_of_rows_change_nothing(method, block_rows):
+@pytest.mark.parametrize("more", [1.0, 1.3, 2, 10])
+def test_memory_bounds_the_tensors_and_not_the_result(method, more):
+    """From the least that is accepted: blocks of one row, one query at a time."""
+    train, query = (Streamed(side) for side in pair(n=50, m=20))
+    memory = int(more * least_memory(train, query, method))
+    whole = datainf.influence(*pair(n=50, m=20), method=method)
+    found = []
+    peak = scaling.peak_bytes(lambda: found.append(datainf.influence(train, query, method=method, memory=memory)))
+    assert relative_error(found[0], whole) <= 1e-10
+    assert peak <= memory
+
+
+def test_memory_is_a_size():
     train, query = pair()
-    whole = datainf.influence(train, query, method=method)
-    parts = datainf.influence(train, query, method=method, block_bytes=block_rows * 40 * 8)
-    assert relative_error(parts, whole) <= 1e-10
+    expected = datainf.influence(train, query)
+    for memory in (10**9, "1GB", "0.5 GiB", "700mb"):
+        torch.testing.assert_close(datainf.influence(train, query, memory=memory), expected)
+    for memory in ("lots", "2", -1, 0, "0GB", True):
+        with pytest.raises(InputError, match="memory must be a number of bytes or a size such as"):
+            datainf.influence(train, query, memory=memory)
 
 
 def test_rows_product_shapes():
     G = gradients(7, 5)
     rows = Rows.of(G, block_bytes=2 * 5 * 8)
-    assert len(list(rows.blocks())) == 4
+    assert len(list(rows.blocks())) == 1  # a tensor in memory is one block, which takes no memory
+    rows = Streamed(G=G).rows("G").to(block_bytes=2 * 5 * 8)
+    assert len(list(rows.blocks())) == 4 and len(list(rows.column_blocks())) == 5
+    assert torch.equal(rows.tensor(), G) and torch.equal(rows.tensor(slice(2, 5)), G[2:5])
     torch.testing.assert_close(gradients(3, 5, seed=1) @ rows.T, gradients(3, 5, seed=1) @ G.T)
     torch.testing.assert_close(gradients(3, 7, seed=1) @ rows, gradients(3, 7, seed=1) @ G)
-    torch.testing.assert_close(rows @ rows.T, G @ G.T)
-    torch.testing.assert_close(rows.T @ rows, G.T @ G)
+    weights = gradients(1, 7, seed=2)[0]
     for matrix in (G, rows):
         torch.testing.assert_close(gram(matrix).tril(), (G @ G.T).tril())
+        torch.testing.assert_close(gram(matrix.T).tril(), (G.T @ G).tril())
+        expected = gradients(3, 5, seed=1) @ G.T @ torch.diag(weights) @ G / 7
+        torch.testing.assert_close(second_moment(matrix, gradients(3, 5, seed=1), weights), expected)
     torch.testing.assert_close(rows @ gradients(3, 5, seed=1).T, G @ gradients(3, 5, seed=1).T)
 
 
@@ -207,10 +245,10 @@ def test_scores_are_linear_in_the_query():
 
 
 @pytest.mark.parametrize("method", ["hessian_free", "datainf", "exact"])
-@pytest.mark.parametrize("block_bytes", [2**28, 3 * 40 * 8])
-def test_self_influence_is_the_diagonal_and_never_positive(method, block_bytes):
+@pytest.mark.parametrize("memory", [None, 6000])
+def test_self_influence_is_the_diagonal_and_never_positive(method, memory):
     train, _ = pair()
-    found = datainf.self_influence(train, method=method, block_bytes=block_bytes)
+    found = datainf.self_influence(train, method=method, memory=memory)
     torch.testing.assert_close(found, datainf.influence(train, train, method=method).diagonal())
     assert (found <= 0).all()
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import datainf
+from datainf.influence import layer_rows
 from datainf.losses import classification
 from datainf.store import GradientStore, Shards
 
@@ -34,7 +35,7 @@ def test_saved_and_loaded(tmp_path, shard_bytes):
         assert equal(other, store)
         assert other.n == 10 and other.dtype == torch.float32 and other.nbytes == store.nbytes
         assert equal(other.mean(), store.mean())
-        assert torch.equal(other.rows("a").read(2, 9), store["a"][2:9])
+        assert torch.equal(other.rows("a").tensor(slice(2, 9)), store["a"][2:9])
 
 
 def test_mean(tmp_path):
@@ -48,7 +49,7 @@ def test_influence_reads_a_store_on_disk_in_blocks(tmp_path, method):
     train, query = example_store(), example_store(4)
     on_disk = train.save(tmp_path / "store", shard_bytes=3 * 9 * 4)
     expected = datainf.influence(train, query, method=method)
-    found = datainf.influence(on_disk, query, method=method, block_bytes=4 * 6 * 4)
+    found = datainf.influence(on_disk, query, method=method, memory=4000)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -63,7 +64,7 @@ def test_refusals(tmp_path):
         store.save(tmp_path / "store")
     (tmp_path / "store" / "shard-00004.safetensors").write_bytes(b"half a file")
     with pytest.raises(OSError, match="shard-00004.safetensors cannot be read"):
-        GradientStore.load(tmp_path / "store")["a"]
+        GradientStore.load(tmp_path / "store")
     (tmp_path / "store" / "shard-00004.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 10 shards are missing"):
         GradientStore.load(tmp_path / "store")
@@ -74,8 +75,8 @@ def test_refusals(tmp_path):
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     shards = Shards.create(tmp_path, 4, {"a": 2}, torch.float32)
 
-    def half_write(tensors, path):
-        save_file(tensors, path)
+    def half_write(tensors, path, metadata):
+        save_file(tensors, path, metadata)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("datainf.store.save_file", half_write)
@@ -85,13 +86,8 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr("datainf.gradients.SHARD_BYTES", 1)
-
-
-def test_extraction_resumes_from_whole_shards(tmp_path, small_shards, make_model, token_examples, pad_collate):
-    model, arguments = make_model("roberta"), {"collate_fn": pad_collate, "batch_size": 4}
+def test_extraction_resumes_from_whole_shards(tmp_path, make_model, token_examples, pad_collate):
+    model, arguments = make_model("roberta"), {"collate_fn": pad_collate, "batch_size": 4, "shard_examples": 1}
     whole = datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "whole", **arguments)
     calls = []
 
@@ -126,6 +122,68 @@ def test_gradients_of_something_else_are_refused(tmp_path, make_model, token_exa
         next(p for p in model.parameters() if p.requires_grad).add_(1e-3)
     with pytest.raises(ValueError, match="differs in: weights"):
         datainf.per_sample_gradients(model, token_examples, classification, **arguments)
+
+
+def test_squared_norms_are_kept(tmp_path):
+    store = example_store()
+    loaded = store.save(tmp_path / "store", shard_bytes=3 * 9 * 4)
+    for name in store:
+        torch.testing.assert_close(loaded.rows(name).square_norms, store[name].square().sum(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_squared_norms_are_of_the_gradients_as_stored(tmp_path, dtype):
+    store = GradientStore({name: G.to(dtype) for name, G in example_store().items()})
+    loaded = store.save(tmp_path / "store")
+    torch.testing.assert_close(loaded.rows("a").square_norms, store["a"].float().square().sum(dim=1).to(dtype))
+    in_float32 = layer_rows(loaded, "a").square_norms
+    torch.testing.assert_close(in_float32, store["a"].float().square().sum(dim=1))
+
+
+def test_a_damaged_shard_is_refused(tmp_path, make_model, token_examples, pad_collate):
+    arguments = (make_model("roberta"), token_examples, classification)
+    options = {"collate_fn": pad_collate, "store": tmp_path / "store", "shard_examples": 5}
+    store = datainf.per_sample_gradients(*arguments, **options)
+    store.verify()
+    shard = tmp_path / "store" / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(OSError, match="shard-00001.safetensors is damaged .* delete it and call"):
+        store.verify()
+    with pytest.raises(OSError, match="shard-00001.safetensors is damaged"):
+        datainf.per_sample_gradients(*arguments, **options)
+    shard.unlink()
+    datainf.per_sample_gradients(*arguments, **options).verify()
+
+
+@pytest.mark.parametrize("other", ["order", "model", "layers", "place"])
+def test_a_foreign_shard_is_refused(tmp_path, make_model, token_examples, pad_collate, other):
+    model, options = make_model("roberta"), {"collate_fn": pad_collate, "shard_examples": 4}
+    datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "store", **options)
+    if other == "order":
+        token_examples = token_examples[::-1]
+    if other == "model":
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).add_(1)
+    if other == "layers":
+        options["layers"] = "lora_A"
+    datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "foreign", **options)
+    foreign = tmp_path / "foreign" / f"shard-0000{2 if other == 'place' else 1}.safetensors"
+    os.replace(foreign, tmp_path / "store" / "shard-00001.safetensors")
+    with pytest.raises(OSError, match="shard-00001.safetensors is of another store"):
+        GradientStore.load(tmp_path / "store")
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    store = tmp_path / "store"
+    store.mkdir()
+    for process in (dead.pid, os.getpid()):
+        (store / f".shard-00000.safetensors.{process}.part").write_bytes(b"half a shard")
+    Shards.create(store, 4, {"a": 2}, torch.float32)
+    assert [path.name for path in store.glob(".*")] == [f".shard-00000.safetensors.{os.getpid()}.part"]
 
 
 def test_sigkill_costs_at_most_a_shard(tmp_path):
