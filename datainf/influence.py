@@ -53,7 +53,7 @@ def datainf(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m 
     second line of the paper's Eq. 5 has the opposite overall sign; its first line and its Algorithm 1 agree with this.)
     """
     weights = 1 / (lam + square_norms(G))
-    return (V - second_moment(G, V, weights)) / lam
+    return (V - second_moment(G, V, weights)).div_(lam)
 
 
 def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
@@ -372,7 +372,7 @@ def apply_method(method: Method, name: str, G: Rows, V: Float[Tensor, "m d"], da
             "leave the layer out, or fine-tune first (the gradient of lora_A is zero while lora_B is still zero)."
         )
     R = method(G if _is_built_in(method) else G.tensor(), V, lam)
-    if not torch.isfinite(R).all():
+    if not torch.linalg.vector_norm(R, ord=torch.inf).isfinite():
         warnings.warn(
             f"{_name_of(method)} diverged in layer {name!r}; scores that it enters are not numbers.",
             stacklevel=3,

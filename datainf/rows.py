@@ -191,11 +191,11 @@ def second_moment(
 
     One pass over G: each block enters both products while it is at hand. The d x d matrix is never formed.
     """
-    product = torch.zeros_like(R)
-    for rows, block in G.blocks() if isinstance(G, Rows) else [(ALL, G)]:
-        C = R @ block.T
-        product.addmm_(C if weights is None else C.mul_(weights[rows]), block)
-    return product.div_(len(G))
+    factor = torch.full((len(G),), 1 / len(G), device=R.device, dtype=R.dtype) if weights is None else weights / len(G)
+    product = torch.empty_like(R)
+    for rows, block in G.blocks() if isinstance(G, Rows) else [(slice(0, len(G)), G)]:
+        product.addmm_((R @ block.T).mul_(factor[rows]), block, beta=0 if rows.start == 0 else 1)
+    return product
 
 
 def gram(M: Matrix | _Columns, parts: int = 8) -> Float[Tensor, "k k"]:
