@@ -3,7 +3,8 @@
 For a Linear layer y = x W^T the gradient of one example's loss with respect to W is the sum over its tokens of the
 outer products (dloss/dy_t) x_t^T. One batched forward and one batched backward pass therefore hold everything
 that is needed for every example of the batch: hooks keep x, receive dloss/dy, and contract the two over tokens.
-A convolution is a Linear layer on the patches of its input.
+A convolution is a Linear layer on the patches of its input. For weights that act otherwise the same two, what goes into
+a module and the gradient of what comes out, are kept, and the module is differentiated by itself on each row.
 """
 
 import hashlib
@@ -19,8 +20,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from datainf.layers import Layers, row_gradients, trainable_layers
+from datainf.layers import Layers, trainable_layers
 from datainf.progress import bar
+from datainf.recording import Recorder
 from datainf.store import SHARD_BYTES, GradientStore, Shards
 
 LossFn = Callable[[nn.Module, Mapping], Tensor]
@@ -40,14 +42,19 @@ def per_sample_gradients(
     dtype: torch.dtype = torch.float32,
     store: str | Path | None = None,
 ) -> GradientStore:
-    """The gradient of every example's loss with respect to every trainable Linear or Conv2d weight.
+    """The gradient of every example's loss with respect to every trainable weight that is not a bias.
 
     Dropout is off. The base stays frozen and the backward pass stops at the lowest layer asked for. Examples of
     like length share a batch; the results are in the order of the dataset. A batch that does not fit in memory is
     halved. The model is left exactly as it was found.
 
+    A weight that is no plain matrix on tokens or patches (an embedding, IA3's or a normalization's scale, all of DoRA)
+    costs a further run of its module, in the module's own precision. The first batch is run once more to see that such
+    weights act through their modules, on every row of the batch by itself, and that one of which nothing was recorded
+    has no gradient.
+
     Args:
-        model: any torch module; of a PEFT model the adapter's matrices and the saved head.
+        model: any torch module; of a PEFT model the adapter's weights and the saved modules.
         dataset: anything with ``len`` and integer indexing.
         loss_fn: ``loss_fn(model, batch) -> Tensor (batch,)``.
         collate_fn: makes a batch of a list of examples; torch's default_collate where none is given.
@@ -57,22 +64,22 @@ def per_sample_gradients(
         concatenate: keep the gradients of an example's rows side by side instead of their sum. d_l is then
             rows_per_example times as large.
         layers: a regular expression searched for in the names, or the names themselves; by default all.
-        dtype: in which the gradients are kept. They are computed in float32 at least.
+        dtype: in which the gradients are kept. Those of matrices are computed in float32 at least.
         store: a folder to keep the gradients in. Extraction that was killed goes on where it stopped.
 
     Returns:
         GradientStore: layer name -> Tensor (n, d_l), d_l = the layer's weight.numel(), flattened row by row.
 
     Raises:
-        ValueError: no examples, no such layers, an unsupported adapter (DoRA), a loss that is not one finite number
-            per example, a layer that mixes examples, or a `store` that holds gradients of something else.
+        ValueError: no examples, no such layers, a loss that is not one finite number per example, a layer that mixes
+            examples or acts other than through its module, or a `store` that holds gradients of something else.
     """
     n = len(dataset)
     if n == 0:
         raise ValueError("The dataset has no examples.")
-    modules = trainable_layers(model, layers)
+    weights = trainable_layers(model, layers)
     parts = rows_per_example if concatenate else 1
-    widths = {name: parts * module.weight.numel() for name, module in modules.items()}
+    widths = {name: parts * weight.numel() for name, weight in weights.items()}
     collate_fn = collate_fn or default_collate
 
     if store is None:
@@ -86,7 +93,7 @@ def per_sample_gradients(
         ranges = [shards.bounds(index) for index in shards.missing()]
 
     with (
-        _recording(model, modules, rows_per_example, parts) as differentiate,
+        _recording(model, weights, rows_per_example, parts) as differentiate,
         bar(total=n, desc="per-sample gradients", unit="example") as progress,
     ):
         progress.update(n - sum(stop - start for start, stop in ranges))
@@ -113,21 +120,19 @@ def reference_gradients(
     layers: Layers = None,
 ) -> GradientStore:
     """The oracle: one example, one plain ``backward()``, read ``.grad``. As `per_sample_gradients`, but slow."""
-    modules = trainable_layers(model, layers)
+    weights = trainable_layers(model, layers)
     collate_fn = collate_fn or default_collate
     device = next(model.parameters()).device
     kept = {parameter: parameter.grad for parameter in model.parameters()}
-    gradients = {name: [] for name in modules}
+    gradients = {name: [] for name in weights}
     with _evaluating(model), torch.enable_grad():
         for index in range(len(dataset)):
             for parameter in model.parameters():
                 parameter.grad = None
             loss_fn(model, send_to_device(collate_fn([dataset[index]]), device)).sum().backward()
-            for name, module in modules.items():
-                gradient = module.weight.grad
-                gradients[name].append(
-                    (torch.zeros_like(module.weight) if gradient is None else gradient).flatten().cpu()
-                )
+            for name, weight in weights.items():
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                gradients[name].append(gradient.detach().flatten().cpu())
     for parameter, gradient in kept.items():
         parameter.grad = gradient
     return GradientStore({name: torch.stack(rows) for name, rows in gradients.items()})
@@ -150,7 +155,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    model: nn.Module, modules: Mapping[str, nn.Module], rows_per_example: int, parts: int
+    model: nn.Module, weights: Mapping[str, nn.Parameter], rows_per_example: int, parts: int
 ) -> Iterator[Callable]:
     """Yield ``differentiate(loss_fn, batch, examples) -> {layer: (examples, d_l)}``; the model is restored on leaving.
 
@@ -158,53 +163,31 @@ def _recording(
     side (`parts` as many).
 
     Every parameter is frozen, so that autograd computes no weight gradient at all. The graph begins where the first
-    recorded layer's output is made to require a gradient; nothing below it is differentiated.
+    recorded module's output is made to require a gradient; nothing below it is differentiated.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = next(model.parameters()).device
-    current: dict[str, Tensor] = {}
-    size = 0
-
-    def record(name: str, inputs: Tensor, output_gradient: Tensor) -> None:
-        if len(inputs) != size * rows_per_example:
-            raise ValueError(
-                f"Layer {name!r} sees {len(inputs)} rows for a batch of {size} examples of {rows_per_example} each: "
-                "it mixes examples, so its per-sample gradient cannot be told apart."
-            )
-        values = row_gradients(modules[name], inputs, output_gradient, size * parts).view(size, -1)
-        # A module used twice in one forward pass contributes the sum of its uses.
-        current[name] = current[name] + values if name in current else values
-
-    def forward_hook(name: str):
-        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            inputs = args[0].detach()
-            if not output.requires_grad:
-                output.requires_grad_()
-            output.register_hook(lambda gradient: record(name, inputs, gradient))
-
-        return hook
+    recorder = Recorder(model, weights, rows_per_example, parts)
 
     def differentiate(loss_fn: LossFn, batch: Mapping, examples: Sequence[int]) -> dict[str, Tensor]:
-        nonlocal size
         size = len(examples)
-        current.clear()
-        losses = loss_fn(model, send_to_device(batch, device))
-        check_losses(losses, examples)
-        losses.sum().backward()
+        with recorder.batch_of(size) as found:
+            losses = loss_fn(model, send_to_device(batch, device))
+            check_losses(losses, examples)
+            losses.sum().backward()
+        recorder.verify(found, lambda: loss_fn(model, send_to_device(batch, device))[0])
         return {
-            name: current[name] if name in current else module.weight.new_zeros(size, parts * module.weight.numel())
-            for name, module in modules.items()
+            name: found[name] if name in found else weight.new_zeros(size, parts * weight.numel())
+            for name, weight in weights.items()
         }
 
-    handles = [module.register_forward_hook(forward_hook(name)) for name, module in modules.items()]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         with _evaluating(model), torch.enable_grad():
             yield differentiate
     finally:
-        for handle in handles:
-            handle.remove()
+        recorder.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
 
@@ -217,7 +200,10 @@ def check_losses(losses: Tensor, examples: Sequence[int]) -> None:
             "compute it with reduction='none'."
         )
     if not losses.requires_grad:
-        raise ValueError("The loss does not depend on any of the layers, or loss_fn computes it without gradients.")
+        raise ValueError(
+            "The loss does not depend on any of the layers through their modules, or loss_fn computes it without "
+            "gradients."
+        )
     bad = (~torch.isfinite(losses)).nonzero().flatten()
     if len(bad):
         raise ValueError(f"The loss of example {examples[bad[0].item()]} is not finite.")
