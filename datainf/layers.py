@@ -1,9 +1,14 @@
-"""The layers whose gradients the study takes, and the gradient of each row of a batch in one of them.
+"""The layers whose gradients the study takes, the modules they act through, and the gradients of matrices.
 
-A *layer* is one weight matrix, named as in ``model.named_parameters()``: lora_A and lora_B of an adapted module are
-two, the weight of a trained head is one more. A convolution's kernel counts as the matrix that acts on its patches.
+A *layer* is one trainable weight, named as in ``model.named_parameters()``: lora_A and lora_B of an adapted module are
+two, the weight of a trained head is one more, and so are embeddings, IA3's vectors, DoRA's magnitudes and the scales of
+normalizations, where they are trainable. A convolution's kernel counts as the matrix that acts on its patches.
 **Biases are left out**, as in the paper's experiments: they are not part of any layer here, though they may well have
-been trained.
+been trained. A bias is a parameter whose own name says so: ``bias``, ``in_proj_bias``.
+
+Every layer has its *owner*, the module through whose forward it acts, on every row of the batch by itself. The owner of
+a plain matrix is the Linear or Conv2d that holds it, and its gradients are outer products of what goes in and what
+comes back (`row_gradients`). All others are left to `datainf.functional`.
 """
 
 import re
@@ -16,55 +21,89 @@ from torch import Tensor, nn
 Layers = str | Collection[str] | None
 """Which layers: all trainable weights (None), those whose name a regular expression finds, or these names."""
 
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+"""Modules without a forward: what they hold acts through the module that holds them."""
 
-def trainable_layers(model: nn.Module, layers: Layers = None) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Layer name -> the module whose weight it is, for every trainable Linear or Conv2d weight that `layers` admits.
+
+def trainable_layers(model: nn.Module, layers: Layers = None) -> dict[str, nn.Parameter]:
+    """Layer name -> its weight, for every trainable parameter but the biases that `layers` admits.
+
+    A weight that several modules share is one layer, under the first of its names.
 
     Raises:
-        ValueError: there are none, a name in `layers` is not among them, the adapter's weights act other than through
-            their modules (DoRA), or a convolution is not a matrix on its patches (groups, padding other than zeros).
+        ValueError: there are none, or a name in `layers` is not among them.
     """
-    modules = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.requires_grad
+    weights = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "bias" not in name.rpartition(".")[2]
     }
-    if not modules:
+    if not weights:
         raise ValueError(
-            "The model has no trainable Linear or Conv2d weight: attach an adapter, and load a saved one with "
-            "is_trainable=True."
+            "The model has no trainable weight: attach an adapter, and load a saved one with is_trainable=True."
         )
-    if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules() if _is_tuner(module)):
-        raise ValueError("DoRA adapters are not supported: their weights act other than through their own modules.")
-    chosen = _chosen(modules, layers)
-    for name, module in chosen.items():
-        if isinstance(module, nn.Conv2d) and not _acts_on_patches(module):
-            raise ValueError(
-                f"The convolution {name!r} is not supported: it must have one group and numbers of zeros as its "
-                "padding. Leave it out by `layers`."
-            )
-    return chosen
+    return _chosen(weights, layers)
 
 
-def _chosen(modules: dict[str, nn.Module], layers: Layers) -> dict[str, nn.Module]:
-    """The modules that `layers` admits."""
+def _chosen(weights: dict[str, nn.Parameter], layers: Layers) -> dict[str, nn.Parameter]:
+    """The weights that `layers` admits."""
     if layers is None:
-        return modules
+        return weights
     if isinstance(layers, str):
-        chosen = {name: module for name, module in modules.items() if re.search(layers, name)}
+        chosen = {name: weight for name, weight in weights.items() if re.search(layers, name)}
     else:
-        if unknown := [name for name in layers if name not in modules]:
-            raise ValueError(f"No trainable weight is called {unknown[0]!r}; there is {next(iter(modules))!r}.")
-        chosen = {name: modules[name] for name in layers}
+        if unknown := [name for name in layers if name not in weights]:
+            raise ValueError(f"No trainable weight is called {unknown[0]!r}; there is {next(iter(weights))!r}.")
+        chosen = {name: weights[name] for name in layers}
     if not chosen:
         raise ValueError(
-            f"layers={layers!r} matches none of the {len(modules)} layers, such as {next(iter(modules))!r}."
+            f"layers={layers!r} matches none of the {len(weights)} layers, such as {next(iter(weights))!r}."
         )
     return chosen
 
 
-def _is_tuner(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "use_dora", None), Mapping)
+def owners(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
+    """The modules through whose forward the layers act -> {a weight's name within the module: its layer's name}.
+
+    A weight that several modules share has several owners, and its gradient is the sum over them.
+    """
+    layer_of = {weight: layer for layer, weight in weights.items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, dict[str, str]] = {}
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in layer_of:
+                owner = _owner(modules, path)
+                within = ".".join(filter(None, [path, name])).removeprefix(f"{owner}.")
+                found.setdefault(modules[owner], {})[within] = layer_of[parameter]
+    return found
+
+
+def _owner(modules: Mapping[str, nn.Module], path: str) -> str:
+    """The path of the module through whose forward the parameters held at `path` act."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        ancestor = ".".join(parts[:depth])
+        if _acts_as_a_whole(modules[ancestor]):
+            return ancestor
+    while isinstance(modules[path], CONTAINERS):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _acts_as_a_whole(module: nn.Module) -> bool:
+    """Whether its forward uses its parts' weights otherwise than by calling the parts on the batch.
+
+    So do torch's attention, and PEFT's layers with another adapter than plain LoRA, such as DoRA.
+    """
+    return isinstance(module, nn.MultiheadAttention) or bool(getattr(module, "lora_variant", None))
+
+
+def is_matrix(module: nn.Module, names: Mapping[str, str]) -> bool:
+    """Whether the owner's one layer is a matrix that acts on the tokens or the patches of its input."""
+    return names.keys() == {"weight"} and (
+        isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and _acts_on_patches(module))
+    )
 
 
 def _acts_on_patches(module: nn.Conv2d) -> bool:
@@ -72,7 +111,7 @@ def _acts_on_patches(module: nn.Conv2d) -> bool:
 
 
 def row_gradients(module: nn.Linear | nn.Conv2d, inputs: Tensor, output_gradient: Tensor, rows: int) -> Tensor:
-    """The gradients of the weight for each of `rows` equal parts of a batch: (rows, weight.numel()).
+    """The gradients of a matrix for each of `rows` equal parts of a batch: (rows, weight.numel()).
 
     A batch of more than `rows` items is cut into as many runs of neighbours, and every run's gradients are summed.
 

@@ -264,11 +264,10 @@ def test_bad_input_is_named_in_one_sentence(make_model, token_examples, pad_coll
     )
     bad = lambda model, batch: classification(model, batch) / (batch["input_ids"].shape[1] - 17)  # noqa: E731
     raises("The loss of example 1 is not finite", model, token_examples, bad, batch_size=1, **collate)
-    raises("DoRA", make_model("roberta", use_dora=True), token_examples, classification, **collate)
     raises("it mixes examples", MixesExamples(), list(torch.ones(3, 8)), lambda model, batch: model(batch))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    raises("no trainable Linear or Conv2d weight", model, token_examples, classification, **collate)
+    raises("no trainable weight", model, token_examples, classification, **collate)
 
 
 @pytest.mark.gpu
@@ -323,13 +322,6 @@ def test_rows_that_are_not_the_models_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     with pytest.raises(ValueError, match="sees 6 rows for a batch of 2 examples of 1 each"):
         datainf.per_sample_gradients(model, images_of(3)[:2], squares)
-
-
-@pytest.mark.parametrize("shape", [{"groups": 3}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
-def test_convolutions_that_are_no_matrix_on_patches_are_refused(shape):
-    model = nn.Sequential(nn.Conv2d(3, 3, 3, **shape)).double()
-    with pytest.raises(ValueError, match="'0.weight' is not supported"):
-        datainf.per_sample_gradients(model, images_of(1), squares)
 
 
 def test_a_store_of_rows_side_by_side_is_told_from_one_of_their_sum(tmp_path):
