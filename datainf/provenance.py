@@ -56,10 +56,10 @@ def weights_revision(model: nn.Module) -> str:
 
 # The modules that fine-tuned models and gradients depend on; all that a run's numbers depend on; those that draw.
 FINE_TUNING = (
-    *("layers", "gradients", "store", "losses", "lora", "training", "classifier", "causal_lm", "diffusion"),
-    *("data", "demo"),
+    *("layers", "functional", "recording", "gradients", "batches", "identity", "store", "losses", "lora", "training"),
+    *("classifier", "causal_lm", "diffusion", "data", "demo"),
 )
-NUMERIC = (*FINE_TUNING, "rows", "influence", "metrics", "frechet")
+NUMERIC = (*FINE_TUNING, "rows", "memory", "processes", "influence", "metrics", "frechet")
 DRAWING = ("metrics", "plotting", "results", "tables")
 
 
