@@ -29,7 +29,7 @@ DATASET = {"classification": "dataset", "text": "task", "images": "task"}
 # The record of a teaching notebook -> the notebook, and the modules that its numbers are by besides those of all of them
 # (see lesson_code); the section `lessons` has the parameters of each.
 LESSONS = {
-    "leave_one_out": ("notebooks/00_influence_functions.ipynb", ("gradients", "layers", "metrics")),
+    "leave_one_out": ("notebooks/00_influence_functions.ipynb", NUMERIC),
     "theorem1": ("notebooks/01_datainf_derivation.ipynb", NUMERIC),
     "table1_complexity": ("notebooks/50_complexity.ipynb", ()),
 }

@@ -14,7 +14,7 @@ def batches(
     for name, size in {"batch_size": batch_size, "batch_tokens": batch_tokens}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}.")
-    lengths = {index: _length(dataset[index]) for index in range(start, stop)}
+    lengths = {index: length(dataset[index]) for index in range(start, stop)}
     indices = sorted(lengths, key=lambda index: -lengths[index])
     while indices:
         count = max(1, batch_tokens // max(1, lengths[indices[0]])) if batch_tokens else batch_size
@@ -22,7 +22,7 @@ def batches(
         indices = indices[count:]
 
 
-def _length(example) -> int:
+def length(example) -> int:
     """Tokens in an example; 0 for one that is not tokenized text, which leaves the order of the dataset."""
     return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
 

@@ -110,6 +110,8 @@ def per_sample_gradients(
     check_room(widths, dtype, sum(stop - start for start, stop, _ in work), store)
 
     examples = sum(len(indices) for _, _, batches_here in work for indices in batches_here)
+    kept = in_words(examples * sum(widths.values()) * dtype.itemsize)
+    what = f"per-sample gradients of {examples} examples, {kept} {'in memory' if store is None else 'on disk'}"
     with (
         _recording(model, weights, rows_per_example, parts) as differentiate,
         bar(total=examples, desc="per-sample gradients", unit="example") as progress,
@@ -124,7 +126,7 @@ def per_sample_gradients(
                     ):
                         landing.put(part, values)
                         if progress.n == 0:
-                            say_if_long("per-sample gradients", len(part) / examples, time.monotonic() - began)
+                            say_if_long(what, len(part) / examples, time.monotonic() - began)
                         progress.update(len(part))
             if shards is not None:
                 shards.write(start // shards.shard_rows, gradients)

@@ -292,7 +292,7 @@ class _Layers:
     def __iter__(self) -> Iterator[tuple[str, Rows, Iterator[tuple[slice, Tensor]]]]:
         blocks = {name: self._blocks(name) for name in self.mine}
         scratch = Scratch()
-        began, what = time.monotonic(), _name_of(self.method)
+        began, what = time.monotonic(), name_of(self.method)
         for name in progress.bar(self.mine, desc=what, unit="layer"):
             options = {"block_bytes": blocks[name].block_bytes, "scratch": scratch}
             G = layer_rows(self.train, name, self.device, **options)
@@ -313,7 +313,7 @@ class _Layers:
         most = self.m if not self.in_blocks else max(1, BLOCK_BYTES // (d * G.dtype.itemsize))
         return share_out(
             self.memory,
-            f"{_name_of(self.method)} on layer {name!r}",
+            f"{name_of(self.method)} on layer {name!r}",
             kept=self._kept,
             needs=needs_of(self.method, self.n, d, G.dtype.itemsize),
             queries=min(self.m, most),
@@ -325,7 +325,7 @@ def needs_of(method: Method, n: int, d: int, itemsize: int) -> Needs:
 
     Counted in vectors of d and of n numbers for each query; `exact` has them in float64, and its matrix.
     """
-    name = _name_of(method)
+    name = name_of(method)
     d_vectors, n_vectors = VECTORS.get(name, VECTORS["lissa"])
     per_query = (d_vectors * d + n_vectors * n) * itemsize
     smallest, layer, fixed = itemsize * d, itemsize * n * d, itemsize * 4 * n
@@ -354,7 +354,7 @@ def resolve_method(method: str | Method, options: Mapping[str, object] | None = 
     taken = inspect.signature(method).parameters
     unknown = [name for name in options if name not in taken]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        raise InputError(f"{_name_of(method)} takes no option {unknown[0]!r}.")
+        raise InputError(f"{name_of(method)} takes no option {unknown[0]!r}.")
     return partial(method, **options) if options else method
 
 
@@ -374,7 +374,7 @@ def apply_method(method: Method, name: str, G: Rows, V: Float[Tensor, "m d"], da
     R = method(G if _is_built_in(method) else G.tensor(), V, lam)
     if not torch.linalg.vector_norm(R, ord=torch.inf).isfinite():
         warnings.warn(
-            f"{_name_of(method)} diverged in layer {name!r}; scores that it enters are not numbers.",
+            f"{name_of(method)} diverged in layer {name!r}; scores that it enters are not numbers.",
             stacklevel=3,
         )
     return R
@@ -434,5 +434,6 @@ def check_finite(side: str, name: str, squares: Float[Tensor, " n"], first: int 
         )
 
 
-def _name_of(method: Method) -> str:
+def name_of(method: Method) -> str:
+    """What a method is called, whatever options are bound to it."""
     return getattr(getattr(method, "func", method), "__name__", repr(method))
