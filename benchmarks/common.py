@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import trange
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from datainf import progress, scaling
 from datainf.lora import Recipe, attach_adapter
 from datainf.losses import classification
 from datainf.provenance import provenance
@@ -31,12 +33,38 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
+class Stages:
+    """What each stage of one way to a result takes: ``with stages("gradients"): ...``.
+
+    Args:
+        count_bytes: count each stage's peak bytes of tensors instead of its seconds, which counting would lengthen.
+    """
+
+    def __init__(self, count_bytes: bool = False, device: torch.device | str = "cpu"):
+        self.count_bytes, self.device = count_bytes, device
+        self.taken: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self.count_bytes:
+            with scaling.watched_bytes(self.device) as peak:
+                yield
+            self.taken[name] = max(self.taken.get(name, 0), peak[0])
+            return
+        before = time.perf_counter()
+        yield
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)  # kernels are still running when the block's last line has been
+        self.taken[name] = self.taken.get(name, 0) + time.perf_counter() - before
+
+
 def take_turns(repeats: int, **functions: Callable[[], object]) -> dict[str, list[float]]:
     """Seconds of every function, called in turn (A B A B ...), so that a noisy machine is as noisy for each."""
     seconds = {name: [] for name in functions}
     for _ in trange(repeats, unit="round", leave=False):
         for name, function in functions.items():
-            seconds[name].append(seconds_of(function))
+            with progress.off():
+                seconds[name].append(seconds_of(function))
     return seconds
 
 
@@ -97,12 +125,12 @@ def collate(examples: Sequence[dict]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": (tokens != PAD).long(), "labels": labels}
 
 
-def training_passes(model: nn.Module, texts: Sequence[dict]) -> None:
+def training_passes(model: nn.Module, texts: Sequence[dict], batch_size: int = BATCH_SIZE) -> None:
     """Forward and backward of one epoch without an optimizer, in the batches that `per_sample_gradients` makes."""
     longest_first = sorted(texts, key=lambda text: -len(text["input_ids"]))
-    for start in range(0, len(texts), BATCH_SIZE):
+    for start in range(0, len(texts), batch_size):
         model.zero_grad(set_to_none=True)
-        classification(model, collate(longest_first[start : start + BATCH_SIZE])).mean().backward()
+        classification(model, collate(longest_first[start : start + batch_size])).mean().backward()
 
 
 def matrix_product_rate(

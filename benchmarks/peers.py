@@ -3,22 +3,22 @@
 Both get the model, the examples and the loss (`datainf.losses.classification`) that ours get, and exactly the layers of
 `datainf.layers.trainable_layers`: weights without biases. Either takes like lengths together, the longest first, as
 `datainf.per_sample_gradients` does, and its scores are put back in order. It works on a copy of the model; making that
-is no part of the wall-clock seconds that come with the scores, collating is. But for rounding:
+is no part of its stages, collating is. But for rounding:
 
     influence(train_gradients, query_gradients, "hessian_free")  =  kronfluence "identity"  =  dattri "grad_dot"
     influence(train_gradients, query_gradients, method)          =  dattri "datainf"
 
 where ``method`` is `datainf.influence.datainf` with dattri's one damping constant in place of every layer's lam.
 
-Nothing else in the project imports the two: ``pip install -e '.[peers]'``.
+Nothing else in the project imports the two. They are installed without what they ask for and do not need here
+(``benchmarks/README.md``).
 """
 
 import copy
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from math import ceil
 from pathlib import Path
 
@@ -27,24 +27,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.common import Stages
 from datainf.layers import trainable_layers
 from datainf.losses import classification
 
 Collate = Callable[[Sequence[dict]], Mapping[str, Tensor]]
-Seconds = dict[str, float]
 
 STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
 ATTRIBUTORS = ("grad_dot", "datainf", "cg")
-
-
-@contextmanager
-def timed(seconds: Seconds, stage: str) -> Iterator[None]:
-    """Add the wall-clock seconds of the block to ``seconds[stage]``."""
-    before = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # kernels are still running when the block's last line has been
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - before
 
 
 def longest_first(examples: Sequence[dict]) -> tuple[list[dict], Tensor]:
@@ -71,7 +61,7 @@ def copy_for_peers(model: nn.Module) -> nn.Module:
 
 def missing(library: str) -> SystemExit:
     """What to do where a library is not installed."""
-    return SystemExit(f"{library} is not installed: pip install -e '.[peers]'")
+    return SystemExit(f"{library} is not installed: benchmarks/README.md says how.")
 
 
 # --- kronfluence ----------------------------------------------------------------------------------------------------
@@ -133,12 +123,13 @@ def kronfluence_scores(
     queries: Sequence[dict],
     collate: Collate,
     strategy: str,
+    stages: Stages,
     folder: str | Path,
     batch_size: int = 32,
     *,
     empirical: bool = True,
     damping: float | None = None,
-) -> tuple[Float[Tensor, "m n"], Seconds]:
+) -> Float[Tensor, "m n"]:
     """kronfluence's pairwise scores, minus signed: > 0 is harmful.
 
     Args:
@@ -150,7 +141,7 @@ def kronfluence_scores(
         damping: added to H's eigenvalues; None is 0.1 times their mean in the layer, the paper's rule.
 
     Returns:
-        Scores (m, n) and the seconds of two stages:
+        Scores (m, n), in two stages:
             "factors": what H takes, nothing for "identity"; one pass over the training examples for "diagonal" and
                 "kfac", two and the eigendecompositions between them for "ekfac"; written to the folder and read again.
             "scores": gradients of the queries, all held in memory and multiplied by H^-1; then one pass over the
@@ -183,8 +174,7 @@ def kronfluence_scores(
         damping_factor=damping, query_gradient_accumulation_steps=ceil(len(queries) / batch_size)
     )
 
-    seconds: Seconds = {}
-    with timed(seconds, "factors"):
+    with stages("factors"):
         analyzer.fit_all_factors(
             factors_name=strategy,
             dataset=train,
@@ -192,7 +182,7 @@ def kronfluence_scores(
             factor_args=factor_args,
             overwrite_output_dir=True,
         )
-    with timed(seconds, "scores"):
+    with stages("scores"):
         analyzer.compute_pairwise_scores(
             scores_name=strategy,
             factors_name=strategy,
@@ -204,7 +194,7 @@ def kronfluence_scores(
             overwrite_output_dir=True,
         )
         scores = analyzer.load_pairwise_scores(strategy)["all_modules"]
-    return -in_order(scores, query_order, train_order), seconds
+    return -in_order(scores, query_order, train_order)
 
 
 # --- dattri ---------------------------------------------------------------------------------------------------------
@@ -248,12 +238,13 @@ def dattri_scores(
     queries: Sequence[dict],
     collate: Collate,
     attributor: str,
+    stages: Stages,
     batch_size: int = 32,
     *,
     query_batch_size: int = 8,
     regularization: float = 0.1,
     in_stages: bool = True,
-) -> tuple[Float[Tensor, "m n"], Seconds]:
+) -> Float[Tensor, "m n"]:
     """dattri's scores, minus signed: > 0 is harmful.
 
     Args:
@@ -267,7 +258,7 @@ def dattri_scores(
             which computes the gradients and the ihvp of all queries anew for every batch of training examples.
 
     Returns:
-        Scores (m, n) and the seconds of the stages, of which those `in_stages` are ours, too:
+        Scores (m, n), in stages, of which those `in_stages` are ours, too:
             "gradients": per-sample gradients of the training examples and of the queries, kept in memory.
             "ihvp": the queries' inverse-Hessian-vector products.
             "scores": the inner products.
@@ -299,34 +290,32 @@ def dattri_scores(
     # Without no_grad dattri's gradients carry a graph, because the parameters that it starts from do.
     with torch.no_grad():
         if in_stages:
-            scores, seconds = _in_stages(method, all_of_h, *loaders, device)
+            scores = _in_stages(method, all_of_h, *loaders, device, stages)
         else:
-            seconds: Seconds = {}
             with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # its progress bars cannot be turned off
-                with timed(seconds, "cache"):
+                with stages("cache"):
                     method.cache(all_of_h)
-                with timed(seconds, "scores"):
+                with stages("scores"):
                     scores = method.attribute(*loaders).T
-    return -in_order(scores, query_order, train_order), seconds
+    return -in_order(scores, query_order, train_order)
 
 
 def _in_stages(
-    method, all_of_h: DataLoader, train: DataLoader, queries: DataLoader, device: torch.device
-) -> tuple[Float[Tensor, "m n"], Seconds]:
+    method, all_of_h: DataLoader, train: DataLoader, queries: DataLoader, device: torch.device, stages: Stages
+) -> Float[Tensor, "m n"]:
     """What ``method.cache`` and ``method.attribute`` compute, no gradient and no ihvp twice."""
-    seconds: Seconds = {}
 
     def inputs(loader: DataLoader) -> Iterator[tuple[Tensor, ...]]:
         return (tuple(tensor.to(device).unsqueeze(0) for tensor in batch) for batch in loader)
 
-    with timed(seconds, "gradients"):
+    with stages("gradients"):
         G = [method.generate_train_rep(0, data) for data in inputs(train)]
         V = [method.generate_test_rep(0, data) for data in inputs(queries)]
         kept = iter(G)
         method.generate_train_rep = lambda ckpt_idx, data: next(kept)  # cache() asks for them batch by batch
         method.cache(all_of_h)
-    with timed(seconds, "ihvp"):
+    with stages("ihvp"):
         R = torch.cat([method.transform_test_rep(0, v) for v in V])
-    with timed(seconds, "scores"):
+    with stages("scores"):
         scores = torch.cat([R @ g.T for g in G], dim=1)
-    return scores, seconds
+    return scores

@@ -230,7 +230,10 @@ def scores(
 ) -> Float[Tensor, "m n"]:
     """The second half of `influence`: score[j, k] = - sum over layers of R[j] . G[k], shape (m, n)."""
     memory = None if memory is None else bytes_of(memory)
-    scratch, total = Scratch(), 0
+    # A process to which no layer fell learns the number of queries from the others.
+    m, first = max(processes.collect([len(R) for R in ihvp.values()])), layer_rows(train, next(iter(train)))
+    like = next(iter(ihvp.values()), first)
+    scratch, total = Scratch(), torch.zeros(m, len(first), device=like.device, dtype=first.dtype)
     for name, R in ihvp.items():
         G = layer_rows(train, name, R.device, scratch=scratch)
         (n, d), size = G.shape, G.dtype.itemsize

@@ -3,21 +3,34 @@
 In a single process everything here does nothing.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Mapping
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object, parse_flag_from_env, reduce
 from torch import Tensor
 
 
 def rank_and_count() -> tuple[int, int]:
     """The number of this process, from 0, and how many there are; joins the others at the first call."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not torch.distributed.is_initialized():
+    joined = torch.distributed.is_initialized()
+    if not joined and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
-    state = PartialState()
+    # Left to itself accelerate takes processes on CPUs for strangers.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+    if not joined:
+        atexit.register(_leave)
     return state.process_index, state.num_processes
+
+
+def _leave() -> None:
+    """Part from the others, since a process that ends without may be aborted; but not after an error, when they do not
+    part and would be waited for."""
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        torch.distributed.destroy_process_group()
 
 
 def wait() -> None:

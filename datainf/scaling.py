@@ -49,21 +49,33 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
 
 def _watched(function: Callable[[], object], device: torch.device | str) -> tuple[float, int]:
     """Seconds and peak bytes of one call, with the allocator watched."""
+    with watched_bytes(device) as peak:
+        seconds = _seconds(function, device)
+    return seconds, peak[0]
+
+
+@contextmanager
+def watched_bytes(device: torch.device | str = "cpu") -> Iterator[list[int]]:
+    """Yield a list that has, after the block, the peak bytes of tensors on `device` that the block held: as
+    `peak_bytes`, for work that is no single call."""
+    found: list[int] = []
     with progress.off(), _no_collection():
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            held = torch.cuda.memory_allocated(device)
-            seconds = _seconds(function, device)
-            return seconds, torch.cuda.max_memory_allocated(device) - held
+            before = torch.cuda.memory_allocated(device)
+            yield found
+            torch.cuda.synchronize(device)
+            found.append(torch.cuda.max_memory_allocated(device) - before)
+            return
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            seconds = _seconds(function, device)
+            yield found
     held = peak = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()  # negative where a tensor is freed
             peak = max(peak, held)
-    return seconds, peak
+    found.append(peak)
 
 
 @contextmanager
