@@ -27,8 +27,8 @@ def length(example) -> int:
     return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
 
 
-def halving(indices: list[int], dataset, loss_fn, collate_fn, differentiate) -> Iterator[tuple[list[int], dict]]:
-    """Yield (indices, their gradients) for the batch, in halves where the whole does not fit in memory."""
+def halving(indices: list[int], dataset, loss_fn, collate_fn, differentiate) -> Iterator[tuple[list[int], tuple]]:
+    """Yield (indices, what `differentiate` makes of them) for the batch, in halves where it does not fit in memory."""
     try:
         result = differentiate(loss_fn, collate_fn([dataset[index] for index in indices]), indices)
     except Exception as error:
@@ -45,50 +45,71 @@ def halving(indices: list[int], dataset, loss_fn, collate_fn, differentiate) -> 
         yield from halving(half, dataset, loss_fn, collate_fn, differentiate)
 
 
+def check_finite(losses: Tensor, examples: Sequence[int]) -> None:
+    """Refuse a loss that is infinite or no number, naming the first such example."""
+    bad = (~torch.isfinite(losses)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(f"The loss of example {examples[bad[0].item()]} is not finite.")
+
+
 class Landing:
-    """Puts the gradients of a batch into their rows; from a GPU, while the next batch is under way there."""
+    """Puts the gradients of a batch into their rows; from a GPU, while the next batch is under way there.
+
+    To look at a loss is to wait for the GPU, so that is put off, too.
+    """
 
     def __init__(self, gradients: Mapping[str, Tensor], start: int):
         self.gradients, self.start = gradients, start
         self._stream: torch.cuda.Stream | None = None
-        self._under_way: tuple[list[int], dict[str, Tensor]] | None = None
+        self._under_way: tuple[Sequence[int], Tensor, dict[str, Tensor]] | None = None
 
     def __enter__(self) -> "Landing":
         return self
 
-    def __exit__(self, *error) -> None:
-        self._finish()
-
-    def put(self, indices: Sequence[int], values: Mapping[str, Tensor]) -> None:
-        """Take the gradients of these examples off the device."""
-        self._finish()
-        device = next(iter(values.values())).device
-        if device.type == "cuda":
-            values = self._copy(values, device)
-        self._under_way = (indices, values)
-        if device.type != "cuda":
+    def __exit__(self, failed: type | None, *error) -> None:
+        if failed is None:
             self._finish()
 
-    def _copy(self, values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Begin the copies to page-locked memory, beside the computation."""
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        copies = {}
+    def put(self, indices: Sequence[int], losses: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Take the losses and gradients of these examples off the device.
+
+        Raises:
+            ValueError: a loss, of these examples or of those before, is not finite.
+        """
+        if losses.is_cuda:
+            # Begun before the one under way is waited for, so that the device has work meanwhile.
+            copies = self._copy(losses, values)
+            self._finish()
+            self._under_way = (indices, *copies)
+        else:
+            self._under_way = (indices, losses, values)
+            self._finish()
+
+    def _copy(self, losses: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], torch.cuda.Event]:
+        """Begin the copies to page-locked memory, beside the computation; the event is when they are done."""
+        self._stream = self._stream or torch.cuda.Stream(losses.device)
+        self._stream.wait_stream(torch.cuda.current_stream(losses.device))
+
+        def copy(value: Tensor, dtype: torch.dtype) -> Tensor:
+            value.record_stream(self._stream)
+            landed = torch.empty(value.shape, dtype=dtype, pin_memory=True)
+            return landed.copy_(value.to(dtype), non_blocking=True)
+
         with torch.cuda.stream(self._stream):
-            for name, value in values.items():
-                value.record_stream(self._stream)
-                value = value.to(self.gradients[name].dtype)
-                copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-                copies[name].copy_(value, non_blocking=True)
-        return copies
+            copies = {name: copy(value, self.gradients[name].dtype) for name, value in values.items()}
+            losses = copy(losses, losses.dtype)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        return losses, copies, done
 
     def _finish(self) -> None:
         if self._under_way is None:
             return
-        indices, values = self._under_way
-        if self._stream is not None:
-            self._stream.synchronize()
+        indices, losses, values, *done = self._under_way
+        self._under_way = None
+        for event in done:
+            event.synchronize()
+        check_finite(losses, indices)
         rows = torch.tensor(indices) - self.start
         for name, value in values.items():
             self.gradients[name][rows] = value.to(self.gradients[name].dtype)
-        self._under_way = None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from datainf import processes
-from datainf.batches import Landing, batches, halving
+from datainf.batches import Landing, batches, check_finite, halving
 from datainf.errors import InputError
 from datainf.identity import identity
 from datainf.layers import Layers, trainable_layers
@@ -121,10 +121,8 @@ def per_sample_gradients(
             gradients = {name: torch.zeros(stop - start, d, dtype=dtype) for name, d in widths.items()}
             with Landing(gradients, start) as landing:
                 for indices in batches_here:
-                    for part, values in halving(
-                        indices, dataset, loss_fn, collate_fn or default_collate, differentiate
-                    ):
-                        landing.put(part, values)
+                    for part, (losses, values) in halving(indices, dataset, loss_fn, collate_fn, differentiate):
+                        landing.put(part, losses, values)
                         if progress.n == 0:
                             say_if_long(what, len(part) / examples, time.monotonic() - began)
                         progress.update(len(part))
@@ -211,7 +209,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _recording(
     model: nn.Module, weights: Mapping[str, nn.Parameter], rows_per_example: int, parts: int
 ) -> Iterator[Callable]:
-    """Yield ``differentiate(loss_fn, batch, examples) -> {layer: (examples, d_l)}``; the model is restored on leaving.
+    """Yield ``differentiate(loss_fn, batch, examples) -> losses, {layer: (examples, d_l)}``; the model is restored on
+    leaving.
 
     An example is `rows_per_example` rows of the model's batch; their gradients are summed (`parts` 1) or stand side by
     side (`parts` as many).
@@ -229,10 +228,10 @@ def _recording(
             losses = loss_fn(model, send_to_device(batch, device))
             _check_shape(losses, size)
             losses.sum().backward()
-            # Only now: to look at a loss is to wait for a GPU, which has the backward pass to go on with.
-            _check_finite(losses, examples)
-        recorder.verify(found, lambda: loss_fn(model, send_to_device(batch, device))[0])
-        return {
+        if doubtful := recorder.doubtful(found):
+            check_finite(losses, examples)
+            recorder.verify(doubtful, lambda: loss_fn(model, send_to_device(batch, device))[0])
+        return losses.detach(), {
             name: found[name] if name in found else weight.new_zeros(size, parts * weight.numel())
             for name, weight in weights.items()
         }
@@ -260,10 +259,3 @@ def _check_shape(losses: Tensor, size: int) -> None:
             "The loss does not depend on any of the layers through their modules, or loss_fn computes it without "
             "gradients."
         )
-
-
-def _check_finite(losses: Tensor, examples: Sequence[int]) -> None:
-    """Refuse a loss that is infinite or no number, naming the first such example."""
-    bad = (~torch.isfinite(losses)).nonzero().flatten()
-    if len(bad):
-        raise ValueError(f"The loss of example {examples[bad[0].item()]} is not finite.")

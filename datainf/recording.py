@@ -58,23 +58,24 @@ class Recorder:
         finally:
             self.listening, self.pending = False, []
 
-    def verify(self, found: Mapping[str, Tensor], first_loss: Callable[[], Tensor]) -> None:
-        """Compare with plain autograd, once, the layers that are no plain matrices and those of which nothing is found.
+    def doubtful(self, found: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+        """The layers yet to be compared with plain autograd: those that are no plain matrices, and those of which a
+        batch has found nothing."""
+        missing = self.weights.keys() - found.keys() - self.unused
+        return {name: weight for name, weight in self.weights.items() if name in self.unverified | missing}
+
+    def verify(self, doubtful: Mapping[str, nn.Parameter], first_loss: Callable[[], Tensor]) -> None:
+        """Compare doubtful layers with plain autograd, once.
 
         Of a layer that acts on the batch through its own module alone, the gradient of the first example's loss is
         found in the first row, and nothing in the others.
 
         Args:
-            found: what a whole batch gave.
-            first_loss: the loss of the batch's first example, in a forward pass of the same whole batch.
+            first_loss: the loss of the batch's first example, in a forward pass of the whole batch.
 
         Raises:
             ValueError: a layer does not.
         """
-        missing = self.weights.keys() - found.keys() - self.unused
-        doubtful = {name: weight for name, weight in self.weights.items() if name in self.unverified | missing}
-        if not doubtful:
-            return
         try:
             for weight in doubtful.values():
                 weight.requires_grad_(True)
@@ -90,7 +91,7 @@ class Recorder:
                     f"Layer {name!r} acts other than through its module on every row of the batch by itself, so its "
                     "per-sample gradient cannot be told apart: leave it out by `layers`."
                 )
-        self.unused |= missing
+        self.unused |= doubtful.keys() - found.keys()
         self.unverified = set()
 
     def _agrees(self, found: Tensor | None, truth: Tensor | None, floor: float) -> bool:

@@ -5,6 +5,7 @@ The influence methods are written as matrix equations in G of shape (n, d). `Row
 so the same line of code reads as its equation for a tensor in memory and for a layer that lives on disk.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK_BYTES = 256 * 2**20
+SENT_BYTES = 16 * 2**20  # to another device at a time
 ALL = slice(None)
 
 
@@ -126,9 +128,10 @@ class Rows:
 
         def fill(out: Tensor) -> None:
             start = 0
-            for piece in (first, *pieces):
-                out[start : start + len(piece)].copy_(piece)
-                start += len(piece)
+            for piece in itertools.chain([first], pieces):
+                for part in _sent(piece, self.device):
+                    out[start : start + len(part)].copy_(part)
+                    start += len(part)
 
         # By the function that reads, not by this object: `double()` and `to()` are of the same matrix.
         key = (self.pieces, rows.start, rows.stop, columns.start, columns.stop, self.dtype)
@@ -177,6 +180,14 @@ class _Columns:
 
 
 Matrix = Float[Tensor, "n d"] | Rows
+
+
+def _sent(piece: Tensor, device: torch.device) -> Iterable[Tensor]:
+    """The rows of a piece on `device`, a few at a time and in their own type, often the narrower one."""
+    if piece.device == device:
+        return (piece,)
+    rows = max(1, SENT_BYTES // max(1, piece.shape[1] * piece.dtype.itemsize))
+    return (part.to(device) for part in piece.split(rows))
 
 
 def square_norms(G: Matrix) -> Float[Tensor, " n"]:

@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 SHARD_BYTES = 256 * 2**20
 # The name in a shard of the (rows, L) squared norms; no layer is called so.
 SQUARE_NORMS = "||g||^2"
+# The name in a shard's metadata of what it is: JSON.
+ABOUT = "datainf"
 
 
 class GradientStore(Mapping[str, Tensor]):
@@ -172,7 +174,7 @@ class Shards:
         folder = Path(folder)
         row_bytes = max(1, sum(widths.values()) * dtype.itemsize)
         manifest = {
-            "format": 2,
+            "format": 3,
             "n": n,
             "layers": dict(widths),
             "dtype": str(dtype).removeprefix("torch."),
@@ -213,7 +215,9 @@ class Shards:
         tensors = {name: gradients[name].to("cpu", self.dtype).contiguous() for name in self.widths}
         tensors[SQUARE_NORMS] = torch.stack([self._square_norms_of(tensors[name]) for name in self.widths], dim=1)
         about = {"store": self.digest, "index": str(index), "checksum": _checksum(tensors)}
-        fill_whole(self.path(index), lambda path: save_file(tensors, path, metadata=about))
+        # In one entry, since several are written in an order that differs from file to file.
+        metadata = {ABOUT: json.dumps(about)}
+        fill_whole(self.path(index), lambda path: save_file(tensors, path, metadata=metadata))
 
     def _square_norms_of(self, G: Tensor) -> Tensor:
         # Of the gradients as they are stored, so that whoever computes them from the store finds the same.
@@ -233,7 +237,7 @@ class Shards:
             OSError: names the shard and says what to do.
         """
         with self._opened(index) as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             if about.get("store") != self.digest or about.get("index") != str(index):
                 raise OSError(self._refusal(index, "is of another store (another model, data, loss or layers)"))
             if every_byte and _checksum({name: file.get_tensor(name) for name in file.keys()}) != about["checksum"]:

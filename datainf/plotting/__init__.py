@@ -1,5 +1,6 @@
 """One function per kind of figure; the same colour, marker and name for a method everywhere."""
 
+from datainf.plotting.benchmarks import side_by_side
 from datainf.plotting.classification import (
     against_exact,
     by_rank,
@@ -38,6 +39,7 @@ __all__ = [
     "loss_curve",
     "picture_grid",
     "score_distributions",
+    "side_by_side",
     "stability",
     "use_style",
 ]

@@ -1,0 +1,87 @@
+"""Everything that processes share, once: what this process found, and what part of the work was its own.
+
+Arguments: "work" or "meet_damage", and a folder for the stores and what was found.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tiny import collate, make_examples, make_model
+from tqdm.auto import tqdm
+
+import datainf
+from datainf import processes, progress
+from datainf.losses import classification
+from datainf.store import GradientStore
+
+METHODS = ("hessian_free", "datainf", "exact", "lissa_scaled")
+
+
+def extraction(counts: list[int]) -> Callable[..., GradientStore]:
+    """`per_sample_gradients` of 12 examples; `counts` is told of how many each batch was."""
+
+    def loss(model, batch):
+        counts.append(len(batch["labels"]))
+        return classification(model, batch)
+
+    model, examples = make_model(), make_examples(12)
+    options = {"collate_fn": collate, "batch_size": 4, "shard_examples": 5}
+    return lambda **given: datainf.per_sample_gradients(model, examples, loss, **options | given)
+
+
+def work(folder: Path) -> None:
+    rank, _ = processes.rank_and_count()
+    found, parts, counts = {}, {}, []
+    extract = extraction(counts)
+
+    def count(what: str, **given) -> GradientStore:
+        counts.clear()
+        gradients = extract(**given)
+        parts[what] = sum(counts)
+        found[what] = dict(gradients)
+        return gradients
+
+    train = count("memory")
+    count("bfloat16", dtype=torch.bfloat16)
+    count("one batch", batch_size=12)  # and none for the second process
+    on_disk = count("store", store=folder / "store")
+    count("bfloat16 store", store=folder / "bfloat16", dtype=torch.bfloat16)
+    if rank == 0:
+        (folder / "store" / "shard-00001.safetensors").unlink()
+    processes.wait()
+    count("resumed", store=folder / "store")
+
+    query = {name: G[-3:] for name, G in train.items()}
+    name = next(iter(train))
+    one, of_one = {name: train[name]}, {name: query[name]}
+    layers = set()
+    for method in METHODS:
+        found[method] = datainf.influence(train, query, method)
+        found[f"{method} from disk"] = datainf.influence(on_disk, query, method, memory="1MB")
+        R = datainf.ihvp(train, query, method)
+        layers |= set(R)
+        found[f"{method} in halves"] = datainf.scores(train, R)
+        found[f"{method} of itself"] = datainf.self_influence(train, method)
+        found[f"{method} of one layer"] = datainf.influence(one, of_one, method)
+        found[f"{method} of one layer in halves"] = datainf.scores(one, datainf.ihvp(one, of_one, method))
+    parts["layers"] = sorted(layers)
+    torch.save((found, parts), folder / f"found-{rank}.pt")
+
+
+def meet_damage(folder: Path) -> None:
+    print(f"{processes.rank_and_count()[1]} processes")
+    extraction([])(store=folder / "store")
+
+
+class Eager(tqdm):
+    """A bar that is shown at once and stays."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options | {"delay": 0, "leave": True})
+
+
+if __name__ == "__main__":
+    progress.tqdm, progress.LONG = Eager, 0
+    {"work": work, "meet_damage": meet_damage}[sys.argv[1]](Path(sys.argv[2]))

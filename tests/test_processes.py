@@ -1,0 +1,117 @@
+"""Work shared by two processes gives what one process gives."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from datainf.progress import OFF
+
+SCRIPT = Path(__file__).parent / "scripts" / "share.py"
+ALONE = []
+# Not with --cpu: for it accelerate starts one process, whatever --num_processes says.
+ACCELERATE = [
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+    *("--mixed_precision=no", "--dynamo_backend=no", "--tee=3", "--main_process_port={port}"),
+]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(by: list[str], what: str, folder: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != OFF}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [part.format(port=free_port()) for part in by]
+    command = [sys.executable, *launcher, str(SCRIPT), what, str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """The folders of a run of one process and of one of two, and what the two printed."""
+    runs = {}
+    for name, by in (("one", ALONE), ("two", ACCELERATE)):
+        runs[name] = tmp_path_factory.mktemp(name)
+        process = launch(by, "work", runs[name])
+        assert process.returncode == 0, process.stdout + process.stderr
+        (runs[name] / "printed").write_text(process.stdout + process.stderr)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def found(runs) -> list[tuple[dict, dict]]:
+    """(results, part of the work) of the one process, then of each of the two."""
+    paths = [runs["one"] / "found-0.pt", runs["two"] / "found-0.pt", runs["two"] / "found-1.pt"]
+    return [torch.load(path) for path in paths]
+
+
+def test_stores_have_the_same_bytes(runs):
+    for name in ("store", "bfloat16"):
+        one, two = ({path.name: path.read_bytes() for path in (runs[run] / name).iterdir()} for run in ("one", "two"))
+        assert len(one) == 4
+        assert one == two
+
+
+def test_gradients_and_scores_are_the_same(found):
+    (one, _), *two = found
+    assert len(one) == 6 + 4 * 6
+    for results, _ in two:
+        assert results.keys() == one.keys()
+        for what, expected in one.items():
+            if isinstance(expected, dict):
+                assert results[what].keys() == expected.keys()
+                for name, gradients in expected.items():
+                    assert results[what][name].dtype == gradients.dtype
+                    assert torch.equal(results[what][name], gradients), (what, name)
+            else:
+                error = (results[what] - expected).norm() / expected.norm()
+                assert results[what].shape == expected.shape and error < 1e-6, (what, error)
+                assert torch.equal(results[what], two[0][0][what]), what
+
+
+def test_each_process_does_a_part(found):
+    (_, alone), (_, first), (_, second) = found
+    shared = {what: (first.pop(what), second.pop(what)) for what in alone if what != "layers"}
+    # Batches of 4 examples; shards of 5, 5 and 2, of which the second one was lost.
+    assert shared == {
+        "memory": (8, 4),
+        "bfloat16": (8, 4),
+        "one batch": (12, 0),
+        "store": (7, 5),
+        "bfloat16 store": (7, 5),
+        "resumed": (5, 0),
+    }
+    assert first["layers"] and second["layers"]
+    assert sorted(first["layers"] + second["layers"]) == alone["layers"]
+
+
+def test_one_process_speaks(runs):
+    printed = (runs["two"] / "printed").read_text()
+    for words in ("per-sample gradients: 100%", "per-sample gradients of", "datainf: 100%", "datainf, 12 x 3"):
+        assert words in printed
+    assert "[default0]:" in printed and "[default1]:" not in printed
+    assert "warn" not in printed.lower()
+
+
+def test_an_error_in_one_ends_both(runs, tmp_path):
+    shutil.copytree(runs["one"] / "store", tmp_path / "store")
+    shard = tmp_path / "store" / "shard-00001.safetensors"  # which the second process looks at
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    began = time.monotonic()
+    process = launch(TORCHRUN, "meet_damage", tmp_path)
+    assert process.stdout.count("2 processes") == 2
+    assert process.returncode != 0 and "shard-00001.safetensors is damaged" in process.stderr
+    assert time.monotonic() - began < 60
