@@ -68,12 +68,22 @@ def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"
     Raises:
         ValueError: if H is not positive definite in float64, which means that lam is too small for this layer.
     """
-    (n, d), G64, V64 = G.shape, G.double(), V.double()
+    return exact_solver(G, lam)(V)
+
+
+def exact_solver(G: Matrix, lam: float) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
+    """`exact` as a function of V alone, which factorizes once for however many V."""
+    (n, d), G64 = G.shape, G.double()
     if d <= n:
-        R = _solve(gram(G64.T).div_(n), lam, V64.T).T
-    else:
-        R = (V64 - _solve(gram(G64), n * lam, G64 @ V64.T).T @ G64) / lam
-    return R.to(V.dtype)
+        U = _factor(gram(G64.T).div_(n), lam)
+        return lambda V: _solve(U, V.double().T).T.to(V.dtype)
+    U = _factor(gram(G64), n * lam)
+
+    def dual(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        V64 = V.double()
+        return ((V64 - _solve(U, G64 @ V64.T).T @ G64) / lam).to(V.dtype)
+
+    return dual
 
 
 def lissa(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
@@ -112,11 +122,11 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _solve(A: Float[Tensor, "k k"], shift: float, B: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-    """(A + shift I)^-1 B for a symmetric A given by its lower triangle.
+def _factor(A: Float[Tensor, "k k"], shift: float) -> Float[Tensor, "k k"]:
+    """The upper Cholesky factor U of A + shift I = U^T U, for a symmetric A given by its lower triangle.
 
-    A may be the largest tensor about, so it is overwritten by its Cholesky factor, and no copy of it is ever made: its
-    transpose has the layout that LAPACK works on in place.
+    A may be the largest tensor about, so it is overwritten, and no copy of it is ever made: its transpose has the
+    layout that LAPACK works on in place.
     """
     A.diagonal().add_(shift)
     failed = torch.empty((), dtype=torch.int32, device=A.device)
@@ -126,8 +136,12 @@ def _solve(A: Float[Tensor, "k k"], shift: float, B: Float[Tensor, "k m"]) -> Fl
             f"The damped Hessian of size {len(A)} is not positive definite in float64: raise `damping` "
             f"(this layer's lam gives a shift of {shift:.1e})."
         )
-    halfway = torch.linalg.solve_triangular(U.mT, B, upper=False)
-    return torch.linalg.solve_triangular(U, halfway, upper=True)
+    return U
+
+
+def _solve(U: Float[Tensor, "k k"], B: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+    """(U^T U)^-1 B. Two triangular solves, since torch.cholesky_solve would copy U."""
+    return torch.linalg.solve_triangular(U, torch.linalg.solve_triangular(U.mT, B, upper=False), upper=True)
 
 
 def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
@@ -297,6 +311,7 @@ class _Layers:
         scratch = Scratch()
         began, what = time.monotonic(), name_of(self.method)
         for name in progress.bar(self.mine, desc=what, unit="layer"):
+            scratch.shrink(blocks[name].block_bytes)
             options = {"block_bytes": blocks[name].block_bytes, "scratch": scratch}
             G = layer_rows(self.train, name, self.device, **options)
             yield name, G, self._parts(name, G, blocks[name].queries)
@@ -306,10 +321,15 @@ class _Layers:
 
     def _parts(self, name: str, G: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
         rows_of_V = layer_rows(self.query, name, self.device, dtype=G.dtype)
+        solve = solver_of(self.method, name, G, self.damping)
         for rows in slices(self.m, queries):
             V = rows_of_V.tensor(rows)
             check_finite("query", name, square_norms(V), rows.start)
-            yield rows, apply_method(self.method, name, G, V, self.damping)
+            R = solve(V)
+            if not torch.linalg.vector_norm(R, ord=torch.inf).isfinite():
+                what = f"{name_of(self.method)} diverged in layer {name!r}"
+                warnings.warn(f"{what}; scores that it enters are not numbers.", stacklevel=4)
+            yield rows, R
 
     def _blocks(self, name: str) -> Blocks:
         d, G = self.widths[name], layer_rows(self.train, name)
@@ -365,8 +385,10 @@ def _is_built_in(method: Method) -> bool:
     return getattr(method, "func", method) in METHODS.values()
 
 
-def apply_method(method: Method, name: str, G: Rows, V: Float[Tensor, "m d"], damping: float) -> Float[Tensor, "m d"]:
-    """R = method(G, V, lam) for the layer called `name`, after the checks that need the layer's numbers."""
+def solver_of(
+    method: Method, name: str, G: Rows, damping: float
+) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
+    """V -> R = method(G, V, lam) for the layer called `name`, after the checks that need the layer's numbers."""
     check_finite("training", name, square_norms(G))
     lam = layer_damping(G, damping)
     if lam == 0:
@@ -374,13 +396,10 @@ def apply_method(method: Method, name: str, G: Rows, V: Float[Tensor, "m d"], da
             f"Every training gradient of layer {name!r} is zero, so its damping is zero and H has no inverse: "
             "leave the layer out, or fine-tune first (the gradient of lora_A is zero while lora_B is still zero)."
         )
-    R = method(G if _is_built_in(method) else G.tensor(), V, lam)
-    if not torch.linalg.vector_norm(R, ord=torch.inf).isfinite():
-        warnings.warn(
-            f"{name_of(method)} diverged in layer {name!r}; scores that it enters are not numbers.",
-            stacklevel=3,
-        )
-    return R
+    if method is exact:
+        return exact_solver(G, lam)
+    G = G if _is_built_in(method) else G.tensor()
+    return lambda V: method(G, V, lam)
 
 
 def layer_rows(
@@ -405,7 +424,7 @@ def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor], damping
         raise ValueError(f"damping must be positive, not {damping}: without it H has no inverse when d_l > n.")
     if not train:
         raise ValueError("There are no layers: the training gradients are an empty mapping.")
-    if missing := sorted(train.keys() ^ query.keys()):
+    if missing := sorted(set(train) ^ set(query)):
         name = missing[0]
         raise ValueError(
             f"Train and query gradients must be of the same layers, but {len(missing)} are in one alone: "

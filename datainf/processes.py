@@ -1,6 +1,7 @@
 """Work shared between processes: ``accelerate launch`` (or torchrun) starts them, torch.distributed joins them.
 
-In a single process everything here does nothing.
+On CPUs torchrun does, since ``accelerate launch --cpu`` starts a single process whatever it is told. In a single
+process everything here does nothing.
 """
 
 import atexit

@@ -5,8 +5,7 @@ The influence methods are written as matrix equations in G of shape (n, d). `Row
 so the same line of code reads as its equation for a tensor in memory and for a layer that lives on disk.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK_BYTES = 256 * 2**20
-SENT_BYTES = 16 * 2**20  # to another device at a time
+PART = 1 / 16  # of a block is read at a time, where it cannot be read into its place
 ALL = slice(None)
 
 
@@ -28,6 +27,11 @@ class Scratch:
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._holds: tuple | None = None
+
+    def shrink(self, limit: int) -> None:
+        """Give the memory back if it is more than `limit` bytes."""
+        if len(self._bytes) > limit:
+            self._bytes, self._holds = torch.empty(0, dtype=torch.uint8), None
 
     def block(
         self, key: tuple, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fill: Callable, limit: int
@@ -48,52 +52,55 @@ class Scratch:
         return out
 
 
+Fill = Callable[[Tensor, slice, slice], object]
+"""``fill(out, rows, columns)`` writes those rows and columns into `out`, of whatever type and device it is."""
+
+
 class Rows:
     """A lazy (n, d) matrix, read in blocks.
 
     Args:
-        pieces: ``pieces(rows, columns)`` yields the tensors that make up those rows and columns, one below the other.
+        fill: how a part of the matrix is read; see `Fill`. It may hold `PART` of what it writes besides.
         shape: (n, d).
         device, dtype: where and in which type each block is handed to the products.
-        block_bytes: the most bytes that one block may take on ``device``.
+        block_bytes: the most bytes that one block may take on ``device``, what `fill` holds included.
         square_norms: ||g_i||^2 of every row, shape (n,), where known.
-        in_memory_as: (device, dtype) of the tensor whose rows these are. While those are asked for, the whole matrix is
-            one block, which takes no further memory.
+        whole: the matrix, if it is in memory. While its device and type are asked for, it is the one block, which takes
+            no further memory.
         scratch: where blocks are held, if it is to be shared with others.
     """
 
     def __init__(
         self,
-        pieces: Callable[[slice, slice], Iterable[Tensor]],
+        fill: Fill,
         shape: tuple[int, int],
         *,
         device: torch.device | str,
         dtype: torch.dtype,
         block_bytes: int = BLOCK_BYTES,
         square_norms: Tensor | None = None,
-        in_memory_as: tuple[torch.device, torch.dtype] | None = None,
+        whole: Tensor | None = None,
         scratch: Scratch | None = None,
     ):
-        self.pieces, self.shape, self.dtype = pieces, tuple(shape), dtype
+        self.fill, self.shape, self.dtype = fill, tuple(shape), dtype
         self.device = torch.empty(0, device=device).device  # with its index: "cuda" becomes "cuda:0"
-        self.block_bytes, self.in_memory_as, self.scratch = block_bytes, in_memory_as, scratch or Scratch()
+        self.block_bytes, self.whole, self.scratch = block_bytes, whole, scratch or Scratch()
         self._known_square_norms = square_norms
 
     @classmethod
     def of(cls, tensor: Tensor, **options) -> "Rows":
         """The rows of a tensor that is in memory; a block is a view where neither device nor type changes."""
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
-        in_memory_as = (tensor.device, tensor.dtype)
-        pieces = lambda rows, columns: (tensor[rows, columns],)  # noqa: E731
-        return cls(pieces, tuple(tensor.shape), in_memory_as=in_memory_as, **options)
+        fill = lambda out, rows, columns: convert(tensor[rows, columns], out)  # noqa: E731
+        return cls(fill, tuple(tensor.shape), whole=tensor, **options)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def to(self, **changes) -> "Rows":
         """The same rows with another device, dtype, block_bytes or scratch."""
-        keep = {name: getattr(self, name) for name in ("device", "dtype", "block_bytes", "in_memory_as", "scratch")}
-        return Rows(self.pieces, self.shape, square_norms=self._known_square_norms, **keep | changes)
+        keep = {name: getattr(self, name) for name in ("device", "dtype", "block_bytes", "whole", "scratch")}
+        return Rows(self.fill, self.shape, square_norms=self._known_square_norms, **keep | changes)
 
     def double(self) -> "Rows":
         """The same rows, handed out in float64."""
@@ -108,33 +115,32 @@ class Rows:
         yield from ((columns, self._block(ALL, columns)) for columns in slices(self.shape[1], self._fit(len(self))))
 
     def tensor(self, rows: slice = ALL) -> Tensor:
-        """All rows or a slice of them, as a tensor of their own or, where nothing changes, of who made these `Rows`."""
-        pieces = [piece.to(self.device, self.dtype) for piece in self.pieces(rows, ALL)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        """All rows or a slice of them: a tensor of their own or, where nothing changes, part of the one in memory."""
+        if self._is_at_hand:
+            return self.whole[rows]
+        start, stop, _ = rows.indices(len(self))
+        out = torch.empty(stop - start, self.shape[1], device=self.device, dtype=self.dtype)
+        self.fill(out, rows, ALL)
+        return out
+
+    @property
+    def _is_at_hand(self) -> bool:
+        return self.whole is not None and (self.whole.device, self.whole.dtype) == (self.device, self.dtype)
 
     def _fit(self, length: int) -> int:
         """How many rows (or columns) of `length` entries fit in a block; at least one."""
-        if self.in_memory_as == (self.device, self.dtype):
+        if self._is_at_hand:
             return max(1, *self.shape)
-        return max(1, self.block_bytes // max(1, length * self.dtype.itemsize))
+        return max(1, int(self.block_bytes / (1 + PART)) // max(1, length * self.dtype.itemsize))
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
+        if self._is_at_hand:
+            return self.whole[rows, columns]
         rows, columns = slice(*rows.indices(self.shape[0])), slice(*columns.indices(self.shape[1]))
-        pieces = iter(self.pieces(rows, columns))
-        first = next(pieces)
         shape = (rows.stop - rows.start, columns.stop - columns.start)
-        if first.shape == shape and first.device == self.device and first.dtype == self.dtype:
-            return first
-
-        def fill(out: Tensor) -> None:
-            start = 0
-            for piece in itertools.chain([first], pieces):
-                for part in _sent(piece, self.device):
-                    out[start : start + len(part)].copy_(part)
-                    start += len(part)
-
         # By the function that reads, not by this object: `double()` and `to()` are of the same matrix.
-        key = (self.pieces, rows.start, rows.stop, columns.start, columns.stop, self.dtype)
+        key = (self.fill, rows.start, rows.stop, columns.start, columns.stop, self.dtype)
+        fill = lambda out: self.fill(out, rows, columns)  # noqa: E731
         return self.scratch.block(key, shape, self.dtype, self.device, fill, self.block_bytes)
 
     @cached_property
@@ -182,12 +188,13 @@ class _Columns:
 Matrix = Float[Tensor, "n d"] | Rows
 
 
-def _sent(piece: Tensor, device: torch.device) -> Iterable[Tensor]:
-    """The rows of a piece on `device`, a few at a time and in their own type, often the narrower one."""
-    if piece.device == device:
-        return (piece,)
-    rows = max(1, SENT_BYTES // max(1, piece.shape[1] * piece.dtype.itemsize))
-    return (part.to(device) for part in piece.split(rows))
+def convert(rows: Tensor, out: Tensor) -> None:
+    """Write rows into `out`; to another device in their own type, often the narrower one, and a few at a time."""
+    if rows.device == out.device:
+        out.copy_(rows)
+        return
+    for some in slices(len(rows), max(1, int(len(rows) * PART))):
+        out[some].copy_(rows[some].to(out.device))
 
 
 def square_norms(G: Matrix) -> Float[Tensor, " n"]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datainf.files import fill_whole, remove_stale, write_whole
-from datainf.rows import Rows
+from datainf.rows import PART, Rows, convert, slices
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 256 * 2**20
@@ -98,9 +98,8 @@ class GradientStore(Mapping[str, Tensor]):
         """The gradients of one layer as a lazy (n, d_l) matrix."""
         if self._layers is not None:
             return Rows.of(self[name])
-        pieces = partial(self._shards.pieces, name)
-        shape = (self.n, self._widths[name])
-        return Rows(pieces, shape, device="cpu", dtype=self.dtype, square_norms=self._shards.square_norms[name])
+        fill, shape = partial(self._shards.fill, name), (self.n, self._widths[name])
+        return Rows(fill, shape, device="cpu", dtype=self.dtype, square_norms=self._shards.square_norms[name])
 
     def mean(self) -> "GradientStore":
         """The mean gradient of every layer, as a store of one example: the gradient of the mean loss."""
@@ -126,6 +125,9 @@ class GradientStore(Mapping[str, Tensor]):
             raise KeyError(name)
         return self.rows(name).tensor()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._widths  # a Mapping would read the layer to see whether it is there
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._widths)
 
@@ -146,6 +148,7 @@ class Shards:
         self.n, self.widths, self.shard_rows = manifest["n"], manifest["layers"], manifest["shard_rows"]
         self.dtype = getattr(torch, manifest["dtype"])
         self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+        self._headers: dict[int, tuple[int, dict]] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> "Shards":
@@ -227,7 +230,11 @@ class Shards:
     @cached_property
     def square_norms(self) -> dict[str, Tensor]:
         """Layer name -> ||g_i||^2 of every example, shape (n,)."""
-        table = torch.cat(list(self.pieces(SQUARE_NORMS, slice(None))))
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        table = torch.empty(self.n, len(self.widths), dtype=dtype)
+        for index in range(len(self)):
+            first, last = self.bounds(index)
+            self._read(index, SQUARE_NORMS, first, slice(None), table[first:last])
         return {name: table[:, column].contiguous() for column, name in enumerate(self.widths)}
 
     def check(self, index: int, every_byte: bool = False) -> None:
@@ -247,13 +254,55 @@ class Shards:
         again = "delete it and call per_sample_gradients again with store= its folder to make it anew."
         return f"Shard {self.path(index)} {what}: {again}"
 
-    def pieces(self, name: str, rows: slice, columns: slice = slice(None)) -> Iterator[Tensor]:
-        """The rows and columns of one layer, from as many shards as the rows span, in order."""
+    def fill(self, name: str, out: Tensor, rows: slice, columns: slice) -> None:
+        """Write those rows and columns of one layer into `out`, of any type and device.
+
+        What is read is read into its place where it fits as it is, and a few rows at a time where not. (The slices of
+        safetensors map the whole file, which makes it hard to say what is held.)
+        """
         start, stop, _ = rows.indices(self.n)
+        some = max(1, int((stop - start) * PART))
+        as_it_is = out.device.type == "cpu" and out.dtype == self.dtype and out.is_contiguous()
         for index in range(start // self.shard_rows, math.ceil(stop / self.shard_rows)):
-            first, last = self.bounds(index)
-            with self._opened(index) as file:
-                yield file.get_slice(name)[max(start, first) - first : min(stop, last) - first, columns]
+            first, last = max(start, self.bounds(index)[0]), min(stop, self.bounds(index)[1])
+            if as_it_is:
+                self._read(index, name, first, columns, out[first - start : last - start])
+                continue
+            for part in slices(last - first, some):
+                at = first - start + part.start
+                place = out[at : at + part.stop - part.start]
+                read = torch.empty(place.shape, dtype=self.dtype)
+                self._read(index, name, first + part.start, columns, read)
+                convert(read, place)
+
+    def _read(self, index: int, name: str, first: int, columns: slice, out: Tensor) -> None:
+        """Read rows from number `first` of the store on into `out`, which is contiguous and of their type."""
+        begin, width = self._place_of(index, name)
+        left, right, _ = columns.indices(width)
+        size = out.dtype.itemsize
+        begin += (first - self.bounds(index)[0]) * width * size
+        raw = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        # Rows that are whole lie one after another; of others each has its place.
+        run = len(raw) if right - left == width else (right - left) * size
+        with open(self.path(index), "rb", buffering=0) as file:
+            for row, place in enumerate(range(0, len(raw), run)):
+                file.seek(begin + (row * width + left) * size)
+                unread = raw[place : place + run]
+                while unread:
+                    count = file.readinto(unread)
+                    if not count:
+                        raise OSError(self._refusal(index, "ends before its gradients do"))
+                    unread = unread[count:]
+
+    def _place_of(self, index: int, name: str) -> tuple[int, int]:
+        """Where in a shard's file a layer begins, and how many numbers a row of it has."""
+        if index not in self._headers:
+            # As the format has it: the header's length in 8 bytes, the header in JSON, the tensors.
+            with open(self.path(index), "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._headers[index] = 8 + length, json.loads(file.read(length))
+        begin, header = self._headers[index]
+        return begin + header[name]["data_offsets"][0], header[name]["shape"][1]
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[safe_open]:

@@ -44,6 +44,13 @@ def test_mean(tmp_path):
     assert store.mean().n == 1
 
 
+def test_no_layer_is_read_whole_where_blocks_will_do(tmp_path, monkeypatch):
+    store = example_store().save(tmp_path / "store")
+    monkeypatch.setattr(GradientStore, "__getitem__", lambda self, name: pytest.fail(f"read {name}"))
+    datainf.influence(store, store, memory=4000)
+    assert "a" in store and "c" not in store and store.keys() == {"a", "b"}
+
+
 @pytest.mark.parametrize("method", datainf.METHODS)
 def test_influence_reads_a_store_on_disk_in_blocks(tmp_path, method):
     train, query = example_store(), example_store(4)

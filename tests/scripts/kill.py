@@ -23,7 +23,6 @@ from datainf.losses import classification
 from datainf.store import MANIFEST, GradientStore, Shards
 
 KILLS, SHARDS, ROWS = 20, 48, 16
-N = SHARDS * ROWS
 
 
 class Attempt:
@@ -62,6 +61,10 @@ class Attempt:
         _, status = os.waitpid(self.process, 0)
         assert status == 0
 
+    def is_writing(self) -> bool:
+        """Whether it is writing a shard, or was when it was killed."""
+        return any(self.folder.glob(f".shard-*.{self.process}.part"))
+
     def examples(self) -> int:
         """How many it differentiated, beyond those of the lines read already."""
         return sum(int(line) for line in self.told)
@@ -81,7 +84,7 @@ def check_whole(folder: Path, indices: set[int]) -> None:
 
 
 def main(folder: Path) -> dict:
-    model, examples, rng = make_model(rank=256), make_examples(N), random.Random(0)
+    model, examples, rng = make_model(rank=256), make_examples(SHARDS * ROWS), random.Random(0)
     seen = {"kills": 0, "in_write": 0, "before_first_batch": 0, "after_each": []}
 
     whole = Attempt(model, examples, folder / "whole")
@@ -96,17 +99,24 @@ def main(folder: Path) -> dict:
     for number in range(KILLS):
         attempt = Attempt(model, examples, store)
         assert attempt.told.readline() == "began\n"
-        if number % 5 == 0:  # while it looks at what is there
-            delay = rng.uniform(0, start)
-        else:  # from its first batch on, and so that some shards remain for the kills to come
+        kind, delay = number % 5, rng.random()
+        if kind == 0:  # while it looks at what is there
+            delay *= start
+        else:
             differentiated += int(attempt.told.readline())
-            delay = rng.uniform(0, 2 * shard * (SHARDS - len(there)) / (KILLS - number + 5))
+            if kind == 1:  # in a write, or shortly after one
+                limit = time.monotonic() + 10 * shard
+                while not attempt.is_writing() and time.monotonic() < limit:
+                    time.sleep(1e-4)
+                delay *= shard / 4
+            else:  # at any moment, leaving some shards for the kills to come
+                delay *= 2 * shard * (SHARDS - len(there)) / (KILLS - number + 5)
         time.sleep(delay)
         seen["kills"] += attempt.kill()
         batches = attempt.examples()
         differentiated += batches
-        seen["before_first_batch"] += number % 5 == 0 and batches == 0
-        seen["in_write"] += any(store.glob(".shard-*.part"))
+        seen["before_first_batch"] += kind == 0 and batches == 0
+        seen["in_write"] += attempt.is_writing()
         if (store / MANIFEST).exists():
             shards = Shards.open(store)
             now = set(range(SHARDS)) - set(shards.missing())
@@ -121,10 +131,10 @@ def main(folder: Path) -> dict:
     GradientStore.load(store).verify()
     return seen | {
         "differentiated": differentiated,
-        "n": N,
-        "rows": ROWS,
+        "shards": SHARDS,
+        "shard_examples": ROWS,
         "files": sorted(path.name for path in store.iterdir()),
-        "same": fingerprint(store) == fingerprint(folder / "whole"),
+        "same_bytes": fingerprint(store) == fingerprint(folder / "whole"),
     }
 
 
