@@ -32,8 +32,9 @@ LESSONS = {
     "leave_one_out": ("notebooks/00_influence_functions.ipynb", NUMERIC),
     "theorem1": ("notebooks/01_datainf_derivation.ipynb", NUMERIC),
     "table1_complexity": ("notebooks/50_complexity.ipynb", ()),
+    "memory_budget": ("notebooks/60_speed_and_scale.ipynb", NUMERIC),
 }
-TIMED = {"table1_complexity"}  # nothing else runs beside these
+TIMED = {"table1_complexity", "memory_budget"}  # nothing else runs beside these
 ALL_CORES = workflow.resource_settings.cores or 4  # on a cluster there is no total: what a job of it asks for
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
 

@@ -6,6 +6,7 @@ python -m benchmarks.scale --tiny                                  # seconds: do
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -91,6 +92,14 @@ def make_store(folder: Path, n: int, L: int, d: int, seed: int) -> GradientStore
     return GradientStore.load(folder)
 
 
+def peak_resident() -> int:
+    """The most bytes that this process has had resident; on Linux its own, as a rusage counts the parent's, too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def score_stores(folder: Path) -> None:
     """In a process of its own: score the stores in `folder`, print seconds and resident bytes beyond the imports'."""
     before = psutil.Process().memory_info().rss
@@ -98,8 +107,7 @@ def score_stores(folder: Path) -> None:
     found = []
     seconds = seconds_of(lambda: found.append(datainf.influence(train, query, memory=MEMORY)))
     torch.save(found[0], folder / "scores.pt")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "resident_bytes": peak - before}))
+    print(json.dumps({"seconds": seconds, "resident_bytes": peak_resident() - before}))
 
 
 def datainf_from_disk(sizes: tuple[int, ...], folder: Path) -> dict:
@@ -107,7 +115,7 @@ def datainf_from_disk(sizes: tuple[int, ...], folder: Path) -> dict:
     n, m, L, d = sizes
     train, query = make_store(folder / "train", n, L, d, seed=0), make_store(folder / "query", m, L, d, seed=1)
     child = [sys.executable, "-m", "benchmarks.scale", "--score", str(folder)]
-    report = subprocess.run(child, check=True, capture_output=True, text=True).stdout
+    report = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
     measured = json.loads(report.splitlines()[-1])
     # In memory for as many layers as there is room for; that all layers are added up alike is seen from the sum.
     in_memory = sum(datainf.influence({name: train[name]}, {name: query[name]}) for name in tqdm(train, leave=False))

@@ -198,7 +198,8 @@ def measure(n: int, m: int, repeats: int) -> pd.DataFrame:
                     taken[way]["bytes"] = stages.taken
                 else:
                     taken[way]["seconds"].append(_scaled(stages.taken, way, few, n, m))
-    rows = [row for way in all_ways for row in _rows(way, taken[way], sizes.get(way, 1), n, m)]
+    scaled_from = f"times scaled up from {len(few[0])} texts and {len(few[1])} queries"
+    rows = [row for way in all_ways for row in _rows(way, taken[way], sizes.get(way, 1), n, m, scaled_from)]
     record = pd.DataFrame(rows)
     # Of those whose stages are these products and nothing else.
     of_products = [
@@ -221,11 +222,10 @@ def _scaled(seconds: dict[str, float], way: Way, few: tuple[Sequence, Sequence],
     return {stage: value * (texts if stage == "gradients" else pairs) for stage, value in seconds.items()}
 
 
-def _rows(way: Way, taken: dict, batch_size: int, n: int, m: int) -> list[dict]:
-    """The stages of a way and their total."""
+def _rows(way: Way, taken: dict, batch_size: int, n: int, m: int, scaled_from: str) -> list[dict]:
+    """The stages of a way and their total, whose peak is the largest of a stage."""
     seconds = [{**stages, "total": sum(stages.values())} for stages in taken["seconds"]]
     peaks = {**taken["bytes"], "total": max(taken["bytes"].values())}
-    scaled = f"times scaled up from {FEW_TEXTS} texts and {FEW_QUERIES} queries" if way.scaled else ""
     return [
         {
             "library": way.library,
@@ -237,7 +237,7 @@ def _rows(way: Way, taken: dict, batch_size: int, n: int, m: int) -> list[dict]:
             "peak_bytes": float("nan") if way.scaled else peaks[stage],
             "batch_size": batch_size,
             "repeats": len(seconds),
-            "note": "; ".join(filter(None, [way.note, scaled])),
+            "note": "; ".join(filter(None, [way.note, scaled_from if way.scaled else ""])),
         }
         for stage in seconds[0]
     ]

@@ -55,13 +55,13 @@ def check_finite(losses: Tensor, examples: Sequence[int]) -> None:
 class Landing:
     """Puts the gradients of a batch into their rows; from a GPU, while the next batch is under way there.
 
-    To look at a loss is to wait for the GPU, so that is put off, too.
+    Whether the losses are finite is looked at then, too, since looking waits for the GPU.
     """
 
     def __init__(self, gradients: Mapping[str, Tensor], start: int):
         self.gradients, self.start = gradients, start
         self._stream: torch.cuda.Stream | None = None
-        self._under_way: tuple[Sequence[int], Tensor, dict[str, Tensor]] | None = None
+        self._under_way: tuple | None = None  # indices, losses, gradients; of copies, the event when they are done
 
     def __enter__(self) -> "Landing":
         return self

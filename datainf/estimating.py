@@ -14,6 +14,7 @@ from datainf.influence import Method, ihvp, name_of, needs_of, resolve_method, s
 from datainf.layers import Layers, trainable_layers
 from datainf.memory import Memory, bytes_of, in_words, share_out
 from datainf.progress import in_time
+from datainf.rows import BLOCK_BYTES
 
 PROBE_BATCHES = 3
 # The largest layer that is probed; larger ones are scaled up from it.
@@ -68,6 +69,8 @@ def estimate(
     most 1,024 x 4,096; larger layers are scaled up by the number of operations). Times are of this machine as it is
     now and good to a factor of two or three; reading gradients from a disk comes on top. One process is assumed.
 
+    The stages are those of `ihvp` and `scores`; `influence` does both at once and keeps the scores alone.
+
     Args:
         examples: some of the training examples, and `loss_fn` their loss; without them the time and the memory of the
             gradients are not known.
@@ -89,11 +92,14 @@ def estimate(
     method = resolve_method(method)
     held, seconds = _probe_method(method, n, m, widths.values(), device, memory)
     result = 4 * m * sum(widths.values())
+    scores_hold = 12 * m * n + min(BLOCK_BYTES, 4 * n * max(widths.values()))
+    if memory is not None:
+        scores_hold = min(scores_hold, bytes_of(memory))
     stages = {
         "training gradients": (n * row_bytes, peak, n * per_example),
         "query gradients": (m * row_bytes, peak, m * per_example),
         f"ihvp, {name_of(method)}": (result, held, seconds["ihvp"]),
-        "scores": (4 * m * n, held, seconds["scores"]),
+        "scores": (4 * m * n, scores_hold, seconds["scores"]),
     }
     return Estimate(pd.DataFrame.from_dict(stages, orient="index", columns=["kept_bytes", "peak_bytes", "seconds"]))
 
@@ -108,11 +114,14 @@ def _probe_gradients(
     order = sorted(range(len(examples)), key=lambda index: length(examples[index]))
     chosen = [examples[order[index * len(order) // count]] for index in range(count)]
 
-    def gradients() -> object:
-        return per_sample_gradients(model, chosen, loss_fn, batch_size=batch_size, **options)
+    longest = [examples[index] for index in order[-batch_size:]]
 
-    seconds, peak = scaling.cost(gradients, repeats=1, enough=float("inf"), device=device)
-    return seconds / count, max(0, peak - count * row_bytes) if device.type == "cpu" else peak
+    def gradients(of: list) -> object:
+        return per_sample_gradients(model, of, loss_fn, batch_size=batch_size, **options)
+
+    peak = scaling.peak_bytes(lambda: gradients(longest), device)
+    seconds, _ = scaling.cost(lambda: gradients(chosen), repeats=1, enough=float("inf"), device=device)
+    return seconds / count, max(0, peak - len(longest) * row_bytes) if device.type == "cpu" else peak
 
 
 def _probe_method(
@@ -134,7 +143,7 @@ def _probe_method(
             seconds[half] += times * taken * operations(method, n, m, d) / operations(method, *small)
         needs = needs_of(method, n, d, itemsize=4)
         what = f"{name_of(method)} on a layer of {d} parameters"
-        blocks = share_out(bytes_of(memory) if memory else None, what, needs, kept=4 * m * n, queries=m)
+        blocks = share_out(None if memory is None else bytes_of(memory), what, needs, kept=4 * m * n, queries=m)
         block = max(needs.smallest_block, min(needs.layer, blocks.block_bytes))
         held = max(held, needs.fixed + blocks.queries * needs.per_query + block)
     return held, seconds

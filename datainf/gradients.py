@@ -28,7 +28,7 @@ from datainf.layers import Layers, trainable_layers
 from datainf.memory import in_words
 from datainf.progress import bar, say_if_long
 from datainf.recording import Recorder
-from datainf.store import SHARD_BYTES, GradientStore, Shards
+from datainf.store import GradientStore, Shards
 
 LossFn = Callable[[nn.Module, Mapping], Tensor]
 """``loss_fn(model, batch) -> Tensor (batch,)``: one loss per example, each depending on its own example alone."""
@@ -78,8 +78,8 @@ def per_sample_gradients(
         dtype: in which the gradients are kept. Those of matrices are computed in float32 at least. bfloat16 takes half
             the room and rounds each number by up to 0.4 %.
         store: a folder to keep the gradients in. Extraction that was killed goes on where it stopped.
-        shard_examples: examples in one file of the store, which is the most that a kill costs; by default as many as
-            make up 256 MiB, and at least one batch.
+        shard_examples: examples in one file of the store, which is the most that a kill costs each process; by default
+            as many as make up 256 MiB, and at least `batch_size`.
 
     Returns:
         GradientStore: layer name -> Tensor (n, d_l), d_l = the layer's weight.numel(), flattened row by row.
@@ -103,11 +103,11 @@ def per_sample_gradients(
         about = identity(model, dataset, loss_fn)
         if concatenate:
             about["loss"] += f", {parts} rows side by side"
-        if shard_examples is None:
-            shard_examples = max(batch_size, SHARD_BYTES // (sum(widths.values()) * dtype.itemsize))
-        shards = Shards.create(store, n, widths, dtype, shard_rows=shard_examples, identity=about)
+        sizes = {"shard_rows": shard_examples, "least_rows": batch_size}
+        with processes.first_alone():
+            shards = Shards.create(store, n, widths, dtype, identity=about, **sizes)
+    check_room(n, widths, dtype, shards)
     work = _my_work(n, shards, batches_of)
-    check_room(widths, dtype, sum(stop - start for start, stop, _ in work), store)
 
     examples = sum(len(indices) for _, _, batches_here in work for indices in batches_here)
     kept = in_words(examples * sum(widths.values()) * dtype.itemsize)
@@ -129,7 +129,7 @@ def per_sample_gradients(
             if shards is not None:
                 shards.write(start // shards.shard_rows, gradients)
     if shards is None:
-        return GradientStore({name: processes.add_up(G) for name, G in gradients.items()})
+        return GradientStore({name: processes.add_up(gradients.pop(name)) for name in widths})
     processes.wait()
     return GradientStore.load(store)
 
@@ -147,16 +147,20 @@ def _my_work(n: int, shards: Shards | None, batches_of: Callable) -> list[tuple[
     return [(*shards.bounds(index), list(batches_of(*shards.bounds(index)))) for index in missing[rank::count]]
 
 
-def check_room(widths: Mapping[str, int], dtype: torch.dtype, n: int, store: str | Path | None) -> None:
-    """Refuse to begin what cannot be finished: the gradients of n examples on the disk of `store`, or in memory.
+def check_room(n: int, widths: Mapping[str, int], dtype: torch.dtype, shards: Shards | None) -> None:
+    """Refuse what cannot be finished: missing shards on their disk, or n examples in the memory of each process.
 
     Raises:
         InputError: says how much is needed and how much there is.
     """
+    if shards is None:
+        free, where, instead = psutil.virtual_memory().available, "memory", "give a folder as store="
+        n *= processes.rank_and_count()[1]
+    else:
+        free, where, instead = shutil.disk_usage(shards.folder).free, "the disk", "choose another disk"
+        n = sum(stop - start for start, stop in map(shards.bounds, shards.missing()))
     needed = n * sum(widths.values()) * dtype.itemsize
-    free = psutil.virtual_memory().available if store is None else shutil.disk_usage(store).free
     if needed > free:
-        where, instead = ("memory", "give a folder as store=") if store is None else ("the disk", "choose another disk")
         raise InputError(
             f"The gradients of {n} examples take {in_words(needed)}, but {where} has {in_words(free)} free: {instead}, "
             "keep them in bfloat16 (dtype=), or take fewer layers (layers=)."
@@ -222,7 +226,7 @@ def _recording(
     device = next(model.parameters()).device
     recorder = Recorder(model, weights, rows_per_example, parts)
 
-    def differentiate(loss_fn: LossFn, batch: Mapping, examples: Sequence[int]) -> dict[str, Tensor]:
+    def differentiate(loss_fn: LossFn, batch: Mapping, examples: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         size = len(examples)
         with recorder.batch_of(size) as found:
             losses = loss_fn(model, send_to_device(batch, device))

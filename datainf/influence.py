@@ -19,6 +19,7 @@ processes were started (`datainf.processes`), each takes some of the layers.
 """
 
 import inspect
+import math
 import re
 import time
 import warnings
@@ -32,7 +33,7 @@ from torch import Tensor
 from datainf import processes, progress
 from datainf.errors import InputError
 from datainf.memory import Blocks, Memory, Needs, bytes_of, share_out
-from datainf.rows import BLOCK_BYTES, Matrix, Rows, Scratch, gram, second_moment, slices, square_norms
+from datainf.rows import BLOCK_BYTES, PART, Matrix, Rows, Scratch, gram, second_moment, slices, square_norms
 
 Method = Callable[..., Tensor]
 
@@ -156,9 +157,10 @@ def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
 # --- The scores -----------------------------------------------------------------------------------------------------
 
 
-# How many vectors of d_l and of n numbers each method holds for every query, its scores included.
+# How many vectors of d_l and of n numbers each method holds for every query, its scores included: read off the methods,
+# and held against what torch's allocator counts by tests/test_influence.py.
 VECTORS = {
-    "hessian_free": (2, 3),
+    "hessian_free": (3, 3),
     "datainf": (4, 3),
     "lissa": (7, 3),
     "lissa_scaled": (7, 3),
@@ -185,8 +187,9 @@ def influence(
 ) -> Float[Tensor, "m n"]:
     """Influence of each of n training examples on each of m queries, summed over layers (paper Eq. 2).
 
-    A layer at a time, and of that what `memory` leaves room for: DataInf reads the training gradients twice, or once
-    where a whole layer is at hand. In several processes each takes some layers, and all return the same scores.
+    A layer at a time, and of that what `memory` leaves room for: DataInf reads the training gradients twice for as many
+    queries as there is room for, or once where a whole layer is at hand. In several processes each takes some layers,
+    and all return the same scores.
 
     Args:
         train: layer name -> per-sample training gradients G of shape (n, d_l): a `GradientStore` or any mapping.
@@ -209,10 +212,11 @@ def influence(
             `memory` that is too little (says how much is needed).
     """
     layers = _Layers(train, query, method, damping, device, memory, options)
-    total = layers.zeros(layers.m, layers.n)
+    (total,) = layers.zeros((layers.m, layers.n))
     for _, G, parts in layers:
         for rows, R in parts:
             total[rows] -= R @ G.T
+        del R  # before the next layer's
     return processes.add_up(total)
 
 
@@ -232,10 +236,12 @@ def ihvp(
     `scores`. Arguments and errors as in `influence`. In several processes: of the layers that fall to this one.
     """
     layers = _Layers(train, query, method, damping, device, memory, options)
-    found = {name: layers.zeros(layers.m, layers.widths[name]) for name in layers.mine}
+    shapes = [(layers.m, layers.widths[name]) for name in layers.mine]
+    found = dict(zip(layers.mine, layers.zeros(*shapes), strict=True))
     for name, _, parts in layers:
         for rows, R in parts:
             found[name][rows] = R
+        del R  # before the next layer's
     return found
 
 
@@ -251,7 +257,7 @@ def scores(
     for name, R in ihvp.items():
         G = layer_rows(train, name, R.device, scratch=scratch)
         (n, d), size = G.shape, G.dtype.itemsize
-        needs = Needs(fixed=4 * len(R) * n * size, per_query=0, layer=n * d * size, smallest_block=d * size)
+        needs = Needs(fixed=4 * len(R) * n * size, per_query=0, layer=n * d * size, smallest_block=2 * d * size)
         G = G.to(block_bytes=share_out(memory, f"layer {name!r}", needs, kept=0, queries=len(R)).block_bytes)
         total = total - R @ G.T
     return processes.add_up(total)
@@ -272,10 +278,11 @@ def self_influence(
     scores belong to the examples that the model fits mostly by themselves. Arguments and errors as in `influence`.
     """
     layers = _Layers(train, train, method, damping, device, memory, options, in_blocks=True)
-    total = layers.zeros(layers.n)
+    (total,) = layers.zeros((layers.n,))
     for _, G, parts in layers:
         for rows, R in parts:
             total[rows] -= (R * G.tensor(rows)).sum(dim=1)
+        del R  # before the next layer's
     return processes.add_up(total)
 
 
@@ -298,22 +305,24 @@ class _Layers:
         self.n, self.m = shapes[first][0], layer_rows(query, first).shape[0]
         like = layer_rows(train, first, device)
         self.device, self.dtype = like.device, like.dtype
-        self._kept = 0
+        # The squared norms of all layers are kept by a store.
+        self._kept = self.n * len(self.widths) * self.dtype.itemsize
 
-    def zeros(self, *shape: int) -> Tensor:
-        """A tensor for the result, whose bytes are then no longer to be had."""
-        tensor = torch.zeros(*shape, device=self.device, dtype=self.dtype)
-        self._kept += tensor.nbytes
-        return tensor
+    def zeros(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Tensors for all results, made when it is seen that what they leave of the memory will do."""
+        self._kept += sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
+        self._shared_out = {name: self._blocks(name) for name in self.mine}
+        return [torch.zeros(*shape, device=self.device, dtype=self.dtype) for shape in shapes]
 
     def __iter__(self) -> Iterator[tuple[str, Rows, Iterator[tuple[slice, Tensor]]]]:
-        blocks = {name: self._blocks(name) for name in self.mine}
-        scratch = Scratch()
+        blocks, scratch = self._shared_out, Scratch()
         began, what = time.monotonic(), name_of(self.method)
         for name in progress.bar(self.mine, desc=what, unit="layer"):
             scratch.shrink(blocks[name].block_bytes)
             options = {"block_bytes": blocks[name].block_bytes, "scratch": scratch}
             G = layer_rows(self.train, name, self.device, **options)
+            if not _is_built_in(self.method):  # which is given all of it, and nobody another copy
+                G = Rows.of(G.tensor())
             yield name, G, self._parts(name, G, blocks[name].queries)
             if name == self.mine[0]:
                 share = self.widths[name] / sum(self.widths[mine] for mine in self.mine)
@@ -328,35 +337,39 @@ class _Layers:
             R = solve(V)
             if not torch.linalg.vector_norm(R, ord=torch.inf).isfinite():
                 what = f"{name_of(self.method)} diverged in layer {name!r}"
-                warnings.warn(f"{what}; scores that it enters are not numbers.", stacklevel=4)
+                warnings.warn(f"{what}; scores that it enters are not numbers.", stacklevel=3)
             yield rows, R
 
     def _blocks(self, name: str) -> Blocks:
-        d, G = self.widths[name], layer_rows(self.train, name)
+        d, G = self.widths[name], layer_rows(self.train, name, self.device)
         most = self.m if not self.in_blocks else max(1, BLOCK_BYTES // (d * G.dtype.itemsize))
-        return share_out(
-            self.memory,
-            f"{name_of(self.method)} on layer {name!r}",
-            kept=self._kept,
-            needs=needs_of(self.method, self.n, d, G.dtype.itemsize),
-            queries=min(self.m, most),
-        )
+        needs = needs_of(self.method, self.n, d, G.dtype.itemsize, at_hand=G.is_at_hand)
+        what = f"{name_of(self.method)} on layer {name!r}"
+        return share_out(self.memory, what, needs, kept=self._kept, queries=min(self.m, most))
 
 
-def needs_of(method: Method, n: int, d: int, itemsize: int) -> Needs:
+def needs_of(method: Method, n: int, d: int, itemsize: int, at_hand: bool = False) -> Needs:
     """What `method` holds beside gradients that are in memory already, and what `influence` does with its result.
 
-    Counted in vectors of d and of n numbers for each query; `exact` has them in float64, and its matrix.
+    Counted in vectors of d and of n numbers for each query; `exact` has them in float64, and its matrix. A function of
+    the user's is taken to hold as many as LiSSA.
+
+    Args:
+        at_hand: whether the layer is in memory in the type and on the device of the computation, so that blocks of it
+            take no memory, but for the float64 ones of `exact`.
     """
-    name = name_of(method)
-    d_vectors, n_vectors = VECTORS.get(name, VECTORS["lissa"])
-    per_query = (d_vectors * d + n_vectors * n) * itemsize
-    smallest, layer, fixed = itemsize * d, itemsize * n * d, itemsize * 4 * n
+    name = name_of(method) if _is_built_in(method) else "lissa"
+    d_vectors, n_vectors = VECTORS[name]
+    per_query, fixed = (d_vectors * d + n_vectors * n) * itemsize, itemsize * 4 * n
+    # The smallest block is one row, and another while it is read.
     if name == "exact":
-        smallest, layer, fixed = 8 * max(n, d), 8 * n * d, fixed + 8 * min(n, d) ** 2
-    elif not _is_built_in(method):
-        smallest = layer
-    return Needs(fixed, per_query, layer, smallest)
+        return Needs(fixed + 8 * min(n, d) ** 2, per_query, layer=8 * n * d, smallest_block=2 * 8 * max(n, d))
+    if at_hand:
+        return Needs(fixed, per_query, layer=0, smallest_block=0)
+    layer, row = itemsize * n * d, itemsize * d
+    return Needs(
+        fixed, per_query, layer, smallest_block=2 * row if _is_built_in(method) else int(layer * (1 + PART)) + row
+    )
 
 
 def resolve_method(method: str | Method, options: Mapping[str, object] | None = None) -> Method:

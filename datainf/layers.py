@@ -54,7 +54,8 @@ def _chosen(weights: dict[str, nn.Parameter], layers: Layers) -> dict[str, nn.Pa
     else:
         if unknown := [name for name in layers if name not in weights]:
             raise ValueError(f"No trainable weight is called {unknown[0]!r}; there is {next(iter(weights))!r}.")
-        chosen = {name: weights[name] for name in layers}
+        # In the model's order, whatever the caller's: two processes, or two runs, are to agree on it.
+        chosen = {name: weight for name, weight in weights.items() if name in set(layers)}
     if not chosen:
         raise ValueError(
             f"layers={layers!r} matches none of the {len(weights)} layers, such as {next(iter(weights))!r}."

@@ -19,8 +19,8 @@ def bytes_of(memory: int | str) -> int:
         InputError: it is no size, or not above zero.
     """
     try:
-        size = convert_file_size_to_int(memory.upper() if isinstance(memory, str) else memory)
-    except ValueError:
+        size = convert_file_size_to_int(memory.upper() if isinstance(memory, str) else int(memory))
+    except (TypeError, ValueError, OverflowError):
         size = 0
     if isinstance(memory, bool) or size <= 0:
         raise InputError(f'memory must be a number of bytes or a size such as "2GB", not {memory!r}.')
@@ -62,7 +62,8 @@ def share_out(memory: int | None, what: str, needs: Needs, *, kept: int, queries
     left = memory - kept - needs.fixed
     if left < needs.smallest_block + needs.per_query:
         least = kept + needs.fixed + needs.smallest_block + needs.per_query
-        raise InputError(f"memory={in_words(memory)} is too little: {what} needs at least {in_words(least)}.")
+        at_least = in_words(1.01 * least)  # what is said is rounded, and has to do
+        raise InputError(f"memory={in_words(memory)} is too little: {what} needs at least {at_least}.")
     for_blocks = max(needs.smallest_block, min(needs.layer, left // 2))
     queries = max(1, min(queries, (left - for_blocks) // max(1, needs.per_query)))
     return Blocks(left - queries * needs.per_query, queries)

@@ -7,7 +7,9 @@ process everything here does nothing.
 import atexit
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -20,16 +22,18 @@ def rank_and_count() -> tuple[int, int]:
     joined = torch.distributed.is_initialized()
     if not joined and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
-    # Left to itself accelerate takes processes on CPUs for strangers.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+    # Without `cpu` accelerate takes each of several processes on CPUs for the only one. The timeout is for the end of
+    # long work, which one process may reach hours before another.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     if not joined:
         atexit.register(_leave)
     return state.process_index, state.num_processes
 
 
 def _leave() -> None:
-    """Part from the others, since a process that ends without may be aborted; but not after an error, when they do not
-    part and would be waited for."""
+    """Leave the group, since a process that ends without leaving may be aborted. Not after an error: the others are at
+    work and never leave, and leaving would wait for them."""
     if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
         torch.distributed.destroy_process_group()
 
@@ -38,6 +42,16 @@ def wait() -> None:
     """Wait until all processes have come here."""
     if rank_and_count()[1] > 1:
         PartialState().wait_for_everyone()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the block before the others."""
+    if rank_and_count()[0] > 0:
+        wait()
+    yield
+    if rank_and_count()[0] == 0:
+        wait()
 
 
 def add_up(tensor: Tensor) -> Tensor:
@@ -61,4 +75,4 @@ def my_share(weights: Mapping[str, int]) -> list[str]:
         totals[receiver] += weights[name]
         if receiver == rank:
             mine.append(name)
-    return [name for name in weights if name in set(mine)]
+    return sorted(mine, key=list(weights).index)

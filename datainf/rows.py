@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK_BYTES = 256 * 2**20
-PART = 1 / 16  # of a block is read at a time, where it cannot be read into its place
+PART = 1 / 16  # of a block, and one row at least, is read at a time where it cannot be read into its place
 ALL = slice(None)
 
 
@@ -36,7 +36,7 @@ class Scratch:
     def block(
         self, key: tuple, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fill: Callable, limit: int
     ) -> Tensor:
-        """The block called `key`: ``fill(out)`` is called unless it is held already. Valid until the next call.
+        """The block called `key`, which is valid until the next call: ``fill(out)`` unless it is held already.
 
         No more than `limit` bytes are kept, or what this block takes.
         """
@@ -116,7 +116,7 @@ class Rows:
 
     def tensor(self, rows: slice = ALL) -> Tensor:
         """All rows or a slice of them: a tensor of their own or, where nothing changes, part of the one in memory."""
-        if self._is_at_hand:
+        if self.is_at_hand:
             return self.whole[rows]
         start, stop, _ = rows.indices(len(self))
         out = torch.empty(stop - start, self.shape[1], device=self.device, dtype=self.dtype)
@@ -124,17 +124,20 @@ class Rows:
         return out
 
     @property
-    def _is_at_hand(self) -> bool:
+    def is_at_hand(self) -> bool:
+        """Whether it is in memory as it is asked for, so that blocks of it take no memory of their own."""
         return self.whole is not None and (self.whole.device, self.whole.dtype) == (self.device, self.dtype)
 
     def _fit(self, length: int) -> int:
         """How many rows (or columns) of `length` entries fit in a block; at least one."""
-        if self._is_at_hand:
+        if self.is_at_hand:
             return max(1, *self.shape)
-        return max(1, int(self.block_bytes / (1 + PART)) // max(1, length * self.dtype.itemsize))
+        line = max(1, length * self.dtype.itemsize)
+        # Beside the block a part of it is held while it is read, and that is a whole line at least.
+        return max(1, min(int(self.block_bytes / (1 + PART)) // line, self.block_bytes // line - 1))
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
-        if self._is_at_hand:
+        if self.is_at_hand:
             return self.whole[rows, columns]
         rows, columns = slice(*rows.indices(self.shape[0])), slice(*columns.indices(self.shape[1]))
         shape = (rows.stop - rows.start, columns.stop - columns.start)

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datainf.files import fill_whole, remove_stale, write_whole
-from datainf.rows import PART, Rows, convert, slices
+from datainf.rows import PART, Rows, slices
 
 MANIFEST = "manifest.json"
+FORMAT = 3
 SHARD_BYTES = 256 * 2**20
 # The name in a shard of the (rows, L) squared norms; no layer is called so.
 SQUARE_NORMS = "||g||^2"
@@ -78,7 +79,7 @@ class GradientStore(Mapping[str, Tensor]):
         Raises:
             FileExistsError: `folder` holds a store already.
         """
-        if (Path(folder) / MANIFEST).exists():
+        if (Path(folder) / MANIFEST).exists() and not Shards.open(folder).missing():
             raise FileExistsError(f"{folder} holds a gradient store already: choose another folder or delete it.")
         shards = Shards.create(folder, self.n, self._widths, self.dtype, shard_bytes=shard_bytes)
         for index in shards.missing():
@@ -152,7 +153,18 @@ class Shards:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Shards":
-        return cls(Path(folder), json.loads((Path(folder) / MANIFEST).read_text(encoding="utf8")))
+        """The store that is in `folder`, complete or not.
+
+        Raises:
+            ValueError: it is of another version of the format.
+        """
+        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf8"))
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"The gradient store in {folder} is of another version of this package (format "
+                f"{manifest.get('format')}, not {FORMAT}): delete it and call per_sample_gradients again."
+            )
+        return cls(Path(folder), manifest)
 
     @classmethod
     def create(
@@ -164,12 +176,14 @@ class Shards:
         *,
         shard_bytes: int = SHARD_BYTES,
         shard_rows: int | None = None,
+        least_rows: int = 1,
         identity: Mapping[str, str] | None = None,
     ) -> "Shards":
         """Begin a store in `folder`, or go on with the one that is there if it is of the same gradients.
 
         `identity` says what the gradients are of (the model, the data, the loss), in short strings. A shard has
-        `shard_rows` examples, or as many as make up `shard_bytes`.
+        `shard_rows` examples; if none are given, as many as the shards that are there, or as make up `shard_bytes`, but
+        not fewer than `least_rows`. A store in which no shard was written yet is begun anew.
 
         Raises:
             ValueError: `folder` holds gradients of something else; the message says what differs.
@@ -177,15 +191,18 @@ class Shards:
         folder = Path(folder)
         row_bytes = max(1, sum(widths.values()) * dtype.itemsize)
         manifest = {
-            "format": 3,
+            "format": FORMAT,
             "n": n,
             "layers": dict(widths),
             "dtype": str(dtype).removeprefix("torch."),
-            "shard_rows": max(1, min(n, shard_rows or shard_bytes // row_bytes)),
+            "shard_rows": min(n, shard_rows or max(1, least_rows, shard_bytes // row_bytes)),
             "identity": dict(identity or {}),
         }
-        if (folder / MANIFEST).exists():
+        begun = (folder / MANIFEST).exists() and any(folder.glob("shard-*"))
+        if begun:
             found = cls.open(folder).manifest
+            if shard_rows is None:
+                manifest["shard_rows"] = found["shard_rows"]
             before, now = ({**facts, **facts["identity"], "identity": None} for facts in (found, manifest))
             differs = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             if differs:
@@ -193,6 +210,7 @@ class Shards:
                     f"{folder} holds gradients of something else (differs in: {', '.join(differs)}): "
                     "choose another folder or delete this one."
                 )
+            manifest = found
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -235,7 +253,7 @@ class Shards:
         for index in range(len(self)):
             first, last = self.bounds(index)
             self._read(index, SQUARE_NORMS, first, slice(None), table[first:last])
-        return {name: table[:, column].contiguous() for column, name in enumerate(self.widths)}
+        return {name: table[:, column] for column, name in enumerate(self.widths)}
 
     def check(self, index: int, every_byte: bool = False) -> None:
         """Refuse a shard that cannot be read or is not of this store; with `every_byte`, one that was changed.
@@ -273,7 +291,7 @@ class Shards:
                 place = out[at : at + part.stop - part.start]
                 read = torch.empty(place.shape, dtype=self.dtype)
                 self._read(index, name, first + part.start, columns, read)
-                convert(read, place)
+                place.copy_(read.to(place.device))
 
     def _read(self, index: int, name: str, first: int, columns: slice, out: Tensor) -> None:
         """Read rows from number `first` of the store on into `out`, which is contiguous and of their type."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,43 @@ def test_gradients_of_something_else_are_refused(tmp_path, make_model, token_exa
         next(p for p in model.parameters() if p.requires_grad).add_(1e-3)
     with pytest.raises(ValueError, match="differs in: weights"):
         datainf.per_sample_gradients(model, token_examples, classification, **arguments)
+
+
+def test_layers_named_in_another_order_are_the_same_store(tmp_path, make_model, token_examples, pad_collate):
+    model, options = (
+        make_model("roberta"),
+        {"collate_fn": pad_collate, "shard_examples": 4, "store": tmp_path / "store"},
+    )
+    names = list(datainf.per_sample_gradients(model, token_examples[:1], classification, collate_fn=pad_collate))
+    store = datainf.per_sample_gradients(model, token_examples, classification, layers=names[::-1], **options)
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    again = datainf.per_sample_gradients(model, token_examples, classification, layers=set(names), **options)
+    assert list(again) == list(store) == names
+    for name in names:
+        torch.testing.assert_close(again.rows(name).square_norms, again[name].square().sum(dim=1))
+
+
+def test_a_store_without_shards_is_begun_anew_and_one_with_shards_keeps_their_size(
+    tmp_path, make_model, token_examples, pad_collate, monkeypatch
+):
+    model, options = make_model("roberta"), {"collate_fn": pad_collate, "store": tmp_path / "store"}
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+        with pytest.raises(ValueError, match="keep them in bfloat16"):
+            datainf.per_sample_gradients(model, token_examples, classification, **options)
+    options |= {"dtype": torch.bfloat16}
+    datainf.per_sample_gradients(model, token_examples, classification, shard_examples=5, **options)
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    datainf.per_sample_gradients(model, token_examples, classification, batch_size=2, **options)
+    assert len(list((tmp_path / "store").glob("shard-*"))) == 3
+
+
+def test_a_store_of_another_format_is_refused(tmp_path):
+    example_store().save(tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+    with pytest.raises(ValueError, match=r"is of another version of this package \(format 1, not 3\)"):
+        GradientStore.load(tmp_path / "store")
 
 
 def test_squared_norms_are_kept(tmp_path):
