@@ -41,7 +41,7 @@ FIGURES = "notebooks/90_figures_and_tables.ipynb"
 
 def lesson_code(path, modules):
     """A hash of all that the numbers of a teaching notebook depend on."""
-    return code_hash(path, ("influence", "rows", "memory", "processes", "scaling", *modules))
+    return code_hash(path, ("influence", "methods", "rows", "memory", "processes", "scaling", *modules))
 
 
 def notebook(experiment):

@@ -8,7 +8,7 @@ is no part of its stages, collating is. But for rounding:
     influence(train_gradients, query_gradients, "hessian_free")  =  kronfluence "identity"  =  dattri "grad_dot"
     influence(train_gradients, query_gradients, method)          =  dattri "datainf"
 
-where ``method`` is `datainf.influence.datainf` with dattri's one damping constant in place of every layer's lam.
+where ``method`` is `datainf.methods.datainf` with dattri's one damping constant in place of every layer's lam.
 
 Nothing else in the project imports the two. They are installed without what they ask for and do not need here
 (``benchmarks/README.md``).

@@ -10,9 +10,10 @@ from torch import nn
 from datainf import scaling
 from datainf.batches import length
 from datainf.gradients import LossFn, per_sample_gradients
-from datainf.influence import Method, ihvp, name_of, needs_of, resolve_method, scores
+from datainf.influence import ihvp, scores
 from datainf.layers import Layers, trainable_layers
 from datainf.memory import Memory, bytes_of, in_words, share_out
+from datainf.methods import Method, name_of, needs_of, resolve_method
 from datainf.progress import in_time
 from datainf.rows import BLOCK_BYTES
 

@@ -1,4 +1,4 @@
-r"""Influence scores of training examples, in closed form and by iteration.
+"""Influence scores of training examples, in closed form and by iteration.
 
 For one layer (one weight matrix, d parameters) let G (n, d) hold the per-sample gradients of the n training
 examples, V (m, d) those of the m queries, and let
@@ -14,165 +14,55 @@ inverse-Hessian-vector products (ihvp) of the queries. The influence of training
 **Sign, everywhere: score > 0 means that up-weighting this training example raises the query's loss (harmful),
 score < 0 means that it lowers it (helpful).**
 
-This module knows tensors and nothing else. G may also be a `datainf.rows.Rows`, a matrix read in blocks. Where several
-processes were started (`datainf.processes`), each takes some of the layers.
+The methods are in `datainf.methods`; here they meet layers, queries, a budget of memory and, where several were
+started, other processes. Both modules know tensors and nothing else.
 """
 
-import inspect
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from datainf import processes, progress
-from datainf.errors import InputError
 from datainf.memory import Blocks, Memory, Needs, bytes_of, share_out
-from datainf.rows import BLOCK_BYTES, PART, Matrix, Rows, Scratch, gram, second_moment, slices, square_norms
+from datainf.methods import (
+    METHODS,
+    Method,
+    datainf,
+    exact,
+    exact_solver,
+    hessian_free,
+    is_built_in,
+    layer_damping,
+    lissa,
+    lissa_as_published,
+    lissa_scaled,
+    name_of,
+    needs_of,
+    resolve_method,
+)
+from datainf.rows import BLOCK_BYTES, Rows, Scratch, slices, square_norms
 
-Method = Callable[..., Tensor]
-
-
-# --- The methods: one function each, one layer at a time, (G, V, lam) -> R -----------------------------------------
-
-
-def hessian_free(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
-    """Take H for the identity: the score is the plain inner product of two gradients."""
-    return V
-
-
-def datainf(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
-    """Average the inverses instead of inverting the average (paper Eq. 5); exact when n = 1.
-
-    By the Sherman-Morrison formula (g g^T + lam I)^-1 v = (v - g (g.v) / (lam + ||g||^2)) / lam; averaged over the
-    n gradients that is a second moment in which g_i has the weight 1 / (lam + ||g_i||^2): two matrix products. (The
-    second line of the paper's Eq. 5 has the opposite overall sign; its first line and its Algorithm 1 agree with this.)
-    """
-    weights = 1 / (lam + square_norms(G))
-    return (V - second_moment(G, V, weights)).div_(lam)
-
-
-def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"]:
-    """V H^-1 to rounding error, from the smaller of two symmetric systems and its Cholesky factor.
-
-    Primal (d <= n): solve the d x d system (G^T G / n + lam I) r = v.
-    Dual (d > n):    with K = G G^T, r = (v - G^T (n lam I + K)^-1 G v) / lam (Woodbury), an n x n system.
-
-    In float64 throughout, whatever the type of G and V: the default damping lets the condition number of H reach
-    10 d + 1, which multiplies the rounding error of the Gram matrix as much as that of its factor.
-
-    Raises:
-        ValueError: if H is not positive definite in float64, which means that lam is too small for this layer.
-    """
-    return exact_solver(G, lam)(V)
-
-
-def exact_solver(G: Matrix, lam: float) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
-    """`exact` as a function of V alone, which factorizes once for however many V."""
-    (n, d), G64 = G.shape, G.double()
-    if d <= n:
-        U = _factor(gram(G64.T).div_(n), lam)
-        return lambda V: _solve(U, V.double().T).T.to(V.dtype)
-    U = _factor(gram(G64), n * lam)
-
-    def dual(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        V64 = V.double()
-        return ((V64 - _solve(U, G64 @ V64.T).T @ G64) / lam).to(V.dtype)
-
-    return dual
-
-
-def lissa(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
-    """r_0 = v, r_i = v + (I - H) r_(i-1): LiSSA as the paper writes it, with all n gradients at every step.
-
-    Converges to the exact ihvp only while the largest eigenvalue of H is below 2, and diverges above.
-    """
-    R = V
-    for _ in range(iterations):
-        R = V + R - (second_moment(G, R) + lam * R)
-    return R
-
-
-def lissa_scaled(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
-    """LiSSA on step * H, with step = 1 / (largest eigenvalue + lam): converges for every G.
-
-    r_0 = step v, r_i = r_(i-1) + step (v - H r_(i-1)). The largest eigenvalue is estimated by power iteration.
-    """
-    step = 1 / (largest_eigenvalue(G) + lam)
-    R = step * V
-    for _ in range(iterations):
-        R = R + step * (V - second_moment(G, R) - lam * R)
-    return R
-
-
-def lissa_as_published(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
-    """The recursion of the authors' published code, which subtracts lam where the paper adds it.
-
-    r_i = v + r_(i-1) - (G^T G / n - lam I) r_(i-1). Kept so that the published numbers can be understood.
-    """
-    return lissa(G, V, -lam, iterations)
-
-
-METHODS: dict[str, Method] = {
-    method.__name__: method for method in (hessian_free, datainf, lissa, lissa_scaled, lissa_as_published, exact)
-}
-
-
-def _factor(A: Float[Tensor, "k k"], shift: float) -> Float[Tensor, "k k"]:
-    """The upper Cholesky factor U of A + shift I = U^T U, for a symmetric A given by its lower triangle.
-
-    A may be the largest tensor about, so it is overwritten, and no copy of it is ever made: its transpose has the
-    layout that LAPACK works on in place.
-    """
-    A.diagonal().add_(shift)
-    failed = torch.empty((), dtype=torch.int32, device=A.device)
-    U, _ = torch.linalg.cholesky_ex(A.mT, upper=True, out=(A.mT, failed))
-    if failed.item():
-        raise ValueError(
-            f"The damped Hessian of size {len(A)} is not positive definite in float64: raise `damping` "
-            f"(this layer's lam gives a shift of {shift:.1e})."
-        )
-    return U
-
-
-def _solve(U: Float[Tensor, "k k"], B: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-    """(U^T U)^-1 B. Two triangular solves, since torch.cholesky_solve would copy U."""
-    return torch.linalg.solve_triangular(U, torch.linalg.solve_triangular(U.mT, B, upper=False), upper=True)
-
-
-def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
-    """The largest eigenvalue of G^T G / n, by power iteration from a fixed random vector (never above the truth)."""
-    start = torch.randn(1, G.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    u = start.to(G.device, G.dtype)
-    for _ in range(iterations):
-        u = second_moment(G, u / u.norm())
-    return u.norm().item()
-
-
-# --- The scores -----------------------------------------------------------------------------------------------------
-
-
-# How many vectors of d_l and of n numbers each method holds for every query, its scores included: read off the methods,
-# and held against what torch's allocator counts by tests/test_influence.py.
-VECTORS = {
-    "hessian_free": (3, 3),
-    "datainf": (4, 3),
-    "lissa": (7, 3),
-    "lissa_scaled": (7, 3),
-    "lissa_as_published": (7, 3),
-    "exact": (12, 9),
-}
-
-
-def layer_damping(G: Matrix, damping: float = 0.1) -> float:
-    """lam_l = damping * (n d_l)^-1 * sum_i ||g_i||^2 (paper section 4): `damping` times H's mean eigenvalue."""
-    n, d = G.shape
-    return damping * square_norms(G).double().sum().item() / (n * d)
+__all__ = [
+    "METHODS",
+    "Method",
+    "datainf",
+    "exact",
+    "hessian_free",
+    "ihvp",
+    "influence",
+    "layer_damping",
+    "lissa",
+    "lissa_as_published",
+    "lissa_scaled",
+    "resolve_method",
+    "scores",
+    "self_influence",
+]
 
 
 def influence(
@@ -321,7 +211,7 @@ class _Layers:
             scratch.shrink(blocks[name].block_bytes)
             options = {"block_bytes": blocks[name].block_bytes, "scratch": scratch}
             G = layer_rows(self.train, name, self.device, **options)
-            if not _is_built_in(self.method):  # which is given all of it, and nobody another copy
+            if not is_built_in(self.method):  # which is given all of it, and nobody another copy
                 G = Rows.of(G.tensor())
             yield name, G, self._parts(name, G, blocks[name].queries)
             if name == self.mine[0]:
@@ -348,56 +238,6 @@ class _Layers:
         return share_out(self.memory, what, needs, kept=self._kept, queries=min(self.m, most))
 
 
-def needs_of(method: Method, n: int, d: int, itemsize: int, at_hand: bool = False) -> Needs:
-    """What `method` holds beside gradients that are in memory already, and what `influence` does with its result.
-
-    Counted in vectors of d and of n numbers for each query; `exact` has them in float64, and its matrix. A function of
-    the user's is taken to hold as many as LiSSA.
-
-    Args:
-        at_hand: whether the layer is in memory in the type and on the device of the computation, so that blocks of it
-            take no memory, but for the float64 ones of `exact`.
-    """
-    name = name_of(method) if _is_built_in(method) else "lissa"
-    d_vectors, n_vectors = VECTORS[name]
-    per_query, fixed = (d_vectors * d + n_vectors * n) * itemsize, itemsize * 4 * n
-    # The smallest block is one row, and another while it is read.
-    if name == "exact":
-        return Needs(fixed + 8 * min(n, d) ** 2, per_query, layer=8 * n * d, smallest_block=2 * 8 * max(n, d))
-    if at_hand:
-        return Needs(fixed, per_query, layer=0, smallest_block=0)
-    layer, row = itemsize * n * d, itemsize * d
-    return Needs(
-        fixed, per_query, layer, smallest_block=2 * row if _is_built_in(method) else int(layer * (1 + PART)) + row
-    )
-
-
-def resolve_method(method: str | Method, options: Mapping[str, object] | None = None) -> Method:
-    """The function that a name stands for, with its options bound; a function stands for itself.
-
-    A name may carry its iterations in parentheses: "lissa_scaled(100)" is lissa_scaled with iterations=100.
-
-    Raises:
-        InputError: there is no such method, or it does not take such an option.
-    """
-    options = dict(options or {})
-    if isinstance(method, str):
-        name, iterations = re.fullmatch(r"(\w*)(?:\((\d+)\))?|.*", method, re.DOTALL).groups()
-        if name not in METHODS:
-            raise InputError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}, or give a function.")
-        method = METHODS[name]
-        options |= {"iterations": int(iterations)} if iterations else {}
-    taken = inspect.signature(method).parameters
-    unknown = [name for name in options if name not in taken]
-    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        raise InputError(f"{name_of(method)} takes no option {unknown[0]!r}.")
-    return partial(method, **options) if options else method
-
-
-def _is_built_in(method: Method) -> bool:
-    return getattr(method, "func", method) in METHODS.values()
-
-
 def solver_of(
     method: Method, name: str, G: Rows, damping: float
 ) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
@@ -411,7 +251,7 @@ def solver_of(
         )
     if method is exact:
         return exact_solver(G, lam)
-    G = G if _is_built_in(method) else G.tensor()
+    G = G if is_built_in(method) else G.tensor()
     return lambda V: method(G, V, lam)
 
 
@@ -467,8 +307,3 @@ def check_finite(side: str, name: str, squares: Float[Tensor, " n"], first: int 
             f"The gradient of {side} example {first + bad[0].item()} in layer {name!r} is not finite "
             f"({len(bad)} of {len(squares)} examples): look at that example's loss, or drop it."
         )
-
-
-def name_of(method: Method) -> str:
-    """What a method is called, whatever options are bound to it."""
-    return getattr(getattr(method, "func", method), "__name__", repr(method))

@@ -59,7 +59,7 @@ FINE_TUNING = (
     *("layers", "functional", "recording", "gradients", "batches", "identity", "store", "losses", "lora", "training"),
     *("classifier", "causal_lm", "diffusion", "data", "demo"),
 )
-NUMERIC = (*FINE_TUNING, "rows", "memory", "processes", "influence", "metrics", "frechet")
+NUMERIC = (*FINE_TUNING, "rows", "memory", "processes", "methods", "influence", "metrics", "frechet")
 DRAWING = ("metrics", "plotting", "results", "tables")
 
 

@@ -8,7 +8,7 @@ import torch
 import datainf
 from datainf import scaling
 from datainf.errors import InputError
-from datainf.influence import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled
+from datainf.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled
 from datainf.rows import Rows, gram, second_moment
 
 WIDE, TALL = (9, 40), (60, 12)  # (n, d): d > n takes exact's dual system, d <= n its primal one
