@@ -123,7 +123,7 @@ def ways(model: nn.Module, folder: str) -> list[Way]:
         )
 
     return [
-        Way("training step", "", training_step(model), "no scores: the limit of any gradient"),
+        Way("training step", "", training_step(model), "no scores: what gradients can hardly undercut"),
         Way("ours", "hessian_free", ours(model, "hessian_free")),
         Way("ours", "datainf", ours(model, "datainf")),
         Way("ours", "datainf, lam of dattri", ours(model, constant_lam), f"lam = {DATTRI_LAM} in every layer"),
@@ -139,14 +139,19 @@ def ways(model: nn.Module, folder: str) -> list[Way]:
             "the scores of hessian_free; keeps no gradients, so that further queries cost another pass",
             "hessian_free",
         ),
-        Way("kronfluence", "ekfac", kronfluence("ekfac"), "its default, another approximation of H"),
+        Way(
+            "kronfluence",
+            "ekfac",
+            kronfluence("ekfac"),
+            "its default strategy, with the empirical Fisher, as ours: another approximation of H",
+        ),
         Way("dattri", "grad_dot", dattri("grad_dot"), "the scores of hessian_free", "hessian_free"),
         Way("dattri", "datainf", dattri("datainf"), "its parts called once each", "datainf, lam of dattri"),
         Way(
             "dattri",
             "datainf, attribute()",
             dattri("datainf", in_stages=False),
-            "its usual call: queries' gradients and ihvp anew for every batch of training texts",
+            "its usual call: queries' gradients and ihvp anew for every training batch, so less in larger ones",
             "datainf, lam of dattri",
         ),
     ]

@@ -264,7 +264,9 @@ class Shards:
         with self._opened(index) as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             if about.get("store") != self.digest or about.get("index") != str(index):
-                raise OSError(self._refusal(index, "is of another store (another model, data, loss or layers)"))
+                raise OSError(
+                    self._refusal(index, "is another shard, or of another store (another model, data, loss or layers)")
+                )
             if every_byte and _checksum({name: file.get_tensor(name) for name in file.keys()}) != about["checksum"]:
                 raise OSError(self._refusal(index, "is damaged (its checksum differs)"))
 

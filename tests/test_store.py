@@ -216,7 +216,7 @@ def test_a_foreign_shard_is_refused(tmp_path, make_model, token_examples, pad_co
     datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "foreign", **options)
     foreign = tmp_path / "foreign" / f"shard-0000{2 if other == 'place' else 1}.safetensors"
     os.replace(foreign, tmp_path / "store" / "shard-00001.safetensors")
-    with pytest.raises(OSError, match="shard-00001.safetensors is of another store"):
+    with pytest.raises(OSError, match="shard-00001.safetensors is another shard, or of another store"):
         GradientStore.load(tmp_path / "store")
 
 
