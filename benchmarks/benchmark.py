@@ -163,10 +163,10 @@ def main() -> None:
     """Run the benchmarks asked for, print their ratios and write the record."""
     parser = argparse.ArgumentParser(description="Measure three ratios of computing time, and hold them to limits.")
     parser.add_argument("--only", choices=("gradients", "datainf", "exact"), help="run this one alone")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds of each measurement (5)")
+    parser.add_argument("--repeats", type=positive, default=25, help="rounds of each measurement (25)")
     parser.add_argument("--n", type=positive, default=1000, help="training examples in exact and datainf (1000)")
     parser.add_argument("--d", type=positive, default=4096, help="parameters of a layer in exact and datainf (4096)")
-    parser.add_argument("--texts", type=positive, default=512, help="examples in gradients (512)")
+    parser.add_argument("--texts", type=positive, default=128, help="examples in gradients (128)")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/benchmark.csv"), help="the record")
     options = parser.parse_args()
     if options.output.is_dir():
