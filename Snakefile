@@ -12,7 +12,7 @@ from pathlib import Path
 import papermill
 import yaml
 
-from datainf.provenance import DRAWING, NUMERIC, code_hash
+from datainf.study.provenance import DRAWING, NUMERIC, code_hash
 
 SCALE = config["scale"]
 PYTHON = sys.executable
@@ -26,7 +26,7 @@ EXPERIMENTS = {
 }
 # What a section calls its datasets, which records call dataset.
 DATASET = {"classification": "dataset", "text": "task", "images": "task"}
-# The record of a teaching notebook -> the notebook, and the modules that its numbers are by besides those of all of them
+# The record of a teaching notebook -> the notebook, and the rooms that its numbers are by besides those of all of them
 # (see lesson_code); the section `lessons` has the parameters of each.
 LESSONS = {
     "leave_one_out": ("notebooks/00_influence_functions.ipynb", NUMERIC),
@@ -39,9 +39,9 @@ ALL_CORES = workflow.resource_settings.cores or 4  # on a cluster there is no to
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
 
 
-def lesson_code(path, modules):
+def lesson_code(path, rooms):
     """A hash of all that the numbers of a teaching notebook depend on."""
-    return code_hash(path, ("influence", "methods", "rows", "memory", "processes", "scaling", *modules))
+    return code_hash(path, ("storage", "attribution", "processes", "scaling", *rooms))
 
 
 def notebook(experiment):

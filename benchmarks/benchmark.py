@@ -30,8 +30,8 @@ from benchmarks.common import (
     write,
 )
 from datainf import per_sample_gradients, reference_gradients
-from datainf.losses import classification
-from datainf.methods import datainf, exact, layer_damping
+from datainf.attribution.methods import datainf, exact, layer_damping
+from datainf.models.losses import classification
 
 QUERIES, LAYERS = 100, 4
 LOOPED_QUERIES, LOOPED_TEXTS = 10, 64  # the slow loops do this many, and their time is scaled up

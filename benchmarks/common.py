@@ -16,9 +16,9 @@ from tqdm.auto import trange
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from datainf import progress, scaling
-from datainf.lora import Recipe, attach_adapter
-from datainf.losses import classification
-from datainf.provenance import provenance
+from datainf.models.lora import Recipe, attach_adapter
+from datainf.models.losses import classification
+from datainf.study.provenance import provenance
 
 VOCABULARY, PAD, BATCH_SIZE = 30522, 1, 32
 TOLERANCE = 1e-3  # the largest relative difference, ||a - b|| / ||b||, between two float32 ways to one result

@@ -32,11 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaFo
 from benchmarks import common
 from benchmarks.common import PAD, Row, check_close, matrix_product_rate, relative_difference, row, show, take_turns
 from datainf import influence, per_sample_gradients, progress, reference_gradients, scaling
-from datainf.batches import batches
-from datainf.gradients import LossFn
-from datainf.lora import Recipe, attach_adapter
-from datainf.losses import IGNORED, classification, completion, denoising
-from datainf.memory import in_words
+from datainf.gradients.batches import batches
+from datainf.gradients.per_sample import LossFn
+from datainf.models.lora import Recipe, attach_adapter
+from datainf.models.losses import IGNORED, classification, completion, denoising
+from datainf.storage.memory import in_words
 
 NAN = float("nan")
 GRADIENTS_LIMIT, LOOP_LIMIT, DATAINF_LIMIT = 1.15, 1 / 20, 1 / 0.60  # the largest ratio_to_baseline allowed

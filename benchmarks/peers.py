@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.common import Stages
-from datainf.layers import trainable_layers
-from datainf.losses import classification
+from datainf.gradients.layers import trainable_layers
+from datainf.models.losses import classification
 
 Collate = Callable[[Sequence[dict]], Mapping[str, Tensor]]
 

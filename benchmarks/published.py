@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from datainf.layers import trainable_layers
-from datainf.losses import classification
+from datainf.gradients.layers import trainable_layers
+from datainf.models.losses import classification
 
 Gradients = list[dict[str, Tensor]]
 """For every example, layer -> the gradient of its weight, in the weight's shape."""

@@ -25,9 +25,10 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 import datainf
 from benchmarks.common import PAD, collate, matrix_product_rate, random_roberta, relative_difference, seconds_of, write
 from datainf import progress
-from datainf.lora import Recipe, attach_adapter
-from datainf.losses import classification
-from datainf.store import GradientStore, Shards
+from datainf.models.lora import Recipe, attach_adapter
+from datainf.models.losses import classification
+from datainf.storage.shards import Shards
+from datainf.storage.store import GradientStore
 
 # n, m, L, d_l
 LLAMA = (900, 100, 160, 40_960)  # Llama-2-13B, r = 8 on q_proj and v_proj

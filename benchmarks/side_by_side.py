@@ -32,9 +32,9 @@ from benchmarks.common import (
 )
 from benchmarks.peers import dattri_scores, kronfluence_scores
 from datainf import progress
-from datainf.layers import trainable_layers
-from datainf.losses import classification
-from datainf.methods import datainf as datainf_method
+from datainf.attribution.methods import datainf as datainf_method
+from datainf.gradients.layers import trainable_layers
+from datainf.models.losses import classification
 
 DATTRI_LAM = 0.1  # dattri has one damping constant for all layers
 FEW_TEXTS, FEW_QUERIES = 64, 2  # the published way is timed on this many, and its time scaled up

@@ -5,10 +5,10 @@ query = datainf.per_sample_gradients(model, query_set, loss_fn, collate_fn=...)
 scores = datainf.influence(train, query, method="datainf")    # Tensor (m, n); > 0 is harmful, < 0 helpful
 """
 
-from datainf.estimating import estimate
-from datainf.gradients import per_sample_gradients, reference_gradients
-from datainf.influence import METHODS, ihvp, influence, resolve_method, scores, self_influence
-from datainf.store import GradientStore
+from datainf.attribution.estimating import estimate
+from datainf.attribution.influence import METHODS, ihvp, influence, resolve_method, scores, self_influence
+from datainf.gradients.per_sample import per_sample_gradients, reference_gradients
+from datainf.storage.store import GradientStore
 
 __all__ = [
     "METHODS",

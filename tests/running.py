@@ -9,7 +9,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from datainf.provenance import ROOT
+from datainf.study.provenance import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 

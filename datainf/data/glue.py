@@ -10,8 +10,7 @@ import pandas as pd
 from datasets import Dataset
 from pandas.io.formats.style import Styler
 
-from datainf import demo
-from datainf.data import revision_of
+from datainf.data import built_in, revision_of
 from datainf.errors import InputError
 
 HUB_DATASET = "nyu-mll/glue"
@@ -74,7 +73,7 @@ def load(
 
     Args:
         dataset: a GLUE task of the hub (a key of `TASKS`), a folder with ``train.tsv`` and ``validation.tsv`` in
-            the hub's column names (tab-separated, header, no quoting), or a built-in task (a key of `demo.TASKS`).
+            the hub's column names (tab-separated, header, no quoting), or a built-in task (a key of `built_in.TASKS`).
         n_train, n_validation: at most this many examples; by default the paper's sizes, or all there are.
         noise: the share of training labels to flip, 0 <= noise < 1.
 
@@ -107,13 +106,13 @@ def load(
 
 def _read(dataset: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
     """(train, validation, text columns) of a built-in task, a folder or a task of the hub."""
-    if dataset in demo.TASKS:
+    if dataset in built_in.TASKS:
         # One draw, cut in two, so that no validation sentence was trained on.
-        pool = Dataset.from_pandas(demo.generate(dataset, sum(DEMO_POOL), seed=0), preserve_index=False)
+        pool = Dataset.from_pandas(built_in.generate(dataset, sum(DEMO_POOL), seed=0), preserve_index=False)
         return (
             pool.select(range(DEMO_POOL[0])),
             pool.select(range(DEMO_POOL[0], len(pool))),
-            demo.TASKS[dataset],
+            built_in.TASKS[dataset],
         )
     if Path(dataset).is_dir():
         train, validation = (_read_tsv(Path(dataset) / f"{split}.tsv") for split in ("train", "validation"))
@@ -129,7 +128,7 @@ def _read(dataset: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
         return splits["train"], splits["validation"], TASKS[dataset]
     raise InputError(
         f"There is no dataset {dataset!r}: give a folder with train.tsv and validation.tsv, a GLUE task "
-        f"({', '.join(TASKS)}) or a built-in task ({', '.join(demo.TASKS)})."
+        f"({', '.join(TASKS)}) or a built-in task ({', '.join(built_in.TASKS)})."
     )
 
 

@@ -14,8 +14,8 @@ import pandas as pd
 from datasets import Dataset
 from PIL import Image
 
-from datainf.data import scenes
-from datainf.data.things import SUBJECTS
+from datainf.data.built_in import scenes
+from datainf.data.built_in.things import SUBJECTS
 from datainf.errors import InputError
 
 # The three datasets of the paper's style task, as `datasets.load_dataset` takes them. The second one is a loading

@@ -10,7 +10,8 @@ import datasets
 import pandas as pd
 from datasets import Dataset
 
-from datainf.data import math_problems, revision_of, transformations
+from datainf.data import revision_of
+from datainf.data.built_in import math_problems, transformations
 from datainf.errors import InputError
 
 COLUMNS = ("prompt", "response", "reason", "class")

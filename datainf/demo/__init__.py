@@ -1,8 +1,6 @@
-"""What the demo scale needs, built in: generated classification tasks, a small RoBERTa, Llama and Stable Diffusion."""
+"""The built-in bases: a small RoBERTa, Llama and Stable Diffusion in the hub's format, and what trained them."""
 
 from pathlib import Path
-
-from datainf.demo.tasks import TASKS, generate
 
 BASE = Path(__file__).with_name("base")
 """Folder of the pre-trained RoBERTa, in the hub's format."""
@@ -12,8 +10,6 @@ LLAMA = Path(__file__).with_name("llama")
 
 DIFFUSION = Path(__file__).with_name("diffusion")
 """Folder of the pre-trained Stable Diffusion pipeline, in the hub's format."""
-
-__all__ = ["BASE", "DIFFUSION", "LLAMA", "TASKS", "generate"]
 
 BASES: dict[str, Path] = {"demo-roberta": BASE, "demo-llama": LLAMA, "demo-diffusion": DIFFUSION}
 """Built-in bases by the name that stands for a model in notebooks and configuration files."""

@@ -1,7 +1,7 @@
 """The text the demo base is pre-trained on: phrases, reviews and sentence pairs, most with a spoken verdict.
 
 The text comes from the same grammars as the demo tasks, but its reviews and pairs from the half of
-the grammars' rows that no task ever shows (see `datainf.demo.tasks.in_corpus`); and the random
+the grammars' rows that no task ever shows (see `datainf.data.built_in.tasks.in_corpus`); and the random
 streams are named after the corpus, not after a task, so equal seeds do not mean equal draws either.
 
 A spoken verdict is one word in front of the text that says in English what the text amounts to:
@@ -13,8 +13,8 @@ its large corpus; the classification head of a task still starts from scratch.
 import random
 from dataclasses import dataclass
 
-from datainf.demo import paraphrases, reviews
-from datainf.demo.tasks import TASKS, draw_rows
+from datainf.data.built_in import paraphrases, reviews
+from datainf.data.built_in.tasks import TASKS, draw_rows
 
 # The words in front, by task: for label 0 and for label 1.
 VERDICTS: dict[str, tuple[str, str]] = {

@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from datainf.data.math_problems import PROBLEMS
-from datainf.data.transformations import ADJECTIVES, AGENTS, THINGS, TRANSFORMATIONS, VERBS, VOWELS
-from datainf.demo.words import capitalise, pick
+from datainf.data.built_in.math_problems import PROBLEMS
+from datainf.data.built_in.transformations import ADJECTIVES, AGENTS, THINGS, TRANSFORMATIONS, VERBS, VOWELS
+from datainf.data.built_in.words import capitalise, pick
 
 Edit = Callable[[str, str], str]
 Numbers = tuple[int, ...]

@@ -27,7 +27,7 @@ from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, set_seed
 
-from datainf.data import scenes, things
+from datainf.data.built_in import scenes, things
 from datainf.data.images import STYLE_PROMPT
 from datainf.demo import DIFFUSION, command
 

@@ -19,8 +19,9 @@ import torch
 from tiny import collate, make_examples, make_model
 
 import datainf
-from datainf.losses import classification
-from datainf.store import MANIFEST, GradientStore, Shards
+from datainf.models.losses import classification
+from datainf.storage.shards import MANIFEST, Shards
+from datainf.storage.store import GradientStore
 
 KILLS, SHARDS, ROWS = 20, 48, 16
 

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 import datainf
 from datainf import processes, progress
-from datainf.losses import classification
-from datainf.store import GradientStore
+from datainf.models.losses import classification
+from datainf.storage.store import GradientStore
 
 METHODS = ("hessian_free", "datainf", "exact", "lissa_scaled")
 

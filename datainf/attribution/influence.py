@@ -1,0 +1,309 @@
+"""Influence scores of training examples, in closed form and by iteration.
+
+For one layer (one weight matrix, d parameters) let G (n, d) hold the per-sample gradients of the n training
+examples, V (m, d) those of the m queries, and let
+
+    H = G^T G / n + lam I
+
+be the damped second moment of the gradients, which stands in for the Hessian of a negative log-likelihood
+(Bartlett's second identity). A *method* maps ``(G, V, lam)`` to R (m, d), its approximation of V H^-1: the
+inverse-Hessian-vector products (ihvp) of the queries. The influence of training example k on query j is then
+
+    score[j, k] = - sum over layers of  R[j] . G[k]                                (paper Eq. 2)
+
+**Sign, everywhere: score > 0 means that up-weighting this training example raises the query's loss (harmful),
+score < 0 means that it lowers it (helpful).**
+
+The methods are in `attribution.methods`; here they meet layers, queries, a budget of memory and, where several were
+started, other processes. Both modules know tensors and nothing else.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from datainf import processes, progress
+from datainf.attribution.methods import (
+    METHODS,
+    Method,
+    datainf,
+    exact,
+    exact_solver,
+    hessian_free,
+    is_built_in,
+    layer_damping,
+    lissa,
+    lissa_as_published,
+    lissa_scaled,
+    name_of,
+    needs_of,
+    resolve_method,
+)
+from datainf.storage.memory import Blocks, Memory, Needs, bytes_of, share_out
+from datainf.storage.rows import BLOCK_BYTES, Rows, Scratch, slices, square_norms
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "datainf",
+    "exact",
+    "hessian_free",
+    "ihvp",
+    "influence",
+    "layer_damping",
+    "lissa",
+    "lissa_as_published",
+    "lissa_scaled",
+    "resolve_method",
+    "scores",
+    "self_influence",
+]
+
+
+def influence(
+    train: Mapping[str, Tensor],
+    query: Mapping[str, Tensor],
+    method: str | Method = "datainf",
+    damping: float = 0.1,
+    *,
+    device: torch.device | str | None = None,
+    memory: Memory = None,
+    **options,
+) -> Float[Tensor, "m n"]:
+    """Influence of each of n training examples on each of m queries, summed over layers (paper Eq. 2).
+
+    A layer at a time, and of that what `memory` leaves room for: DataInf reads the training gradients twice for as many
+    queries as there is room for, or once where a whole layer is at hand. In several processes each takes some layers,
+    and all return the same scores.
+
+    Args:
+        train: layer name -> per-sample training gradients G of shape (n, d_l): a `GradientStore` or any mapping.
+        query: the same layers -> query gradients V of shape (m, d_l); ``query.mean()`` gives one query, the mean.
+        method: a name in `METHODS` ("lissa_scaled(100)" sets its iterations), or a function ``(G, V, lam) -> R`` of
+            shape (m, d_l). The methods of this module read G in blocks; a function of yours is given the whole layer
+            as one Tensor.
+        damping: the factor in `layer_damping`.
+        device: where to compute; by default where the training gradients are.
+        memory: the most bytes to hold on ``device`` at a time, such as "2GB", beside gradients that are in memory
+            already. By default gradients are read in blocks of 256 MiB, and nothing else is bounded.
+        **options: passed on to the method, such as ``iterations=100`` for the LiSSA family.
+
+    Returns:
+        Tensor (m, n). Positive: up-weighting the example raises the query's loss (harmful). Negative: helpful.
+
+    Raises:
+        ValueError: unknown method, layers or widths that differ between train and query, no examples, gradients
+            that are not finite (names the example and the layer), a layer whose training gradients are all zero,
+            `memory` that is too little (says how much is needed).
+    """
+    layers = _Layers(train, query, method, damping, device, memory, options)
+    (total,) = layers.zeros((layers.m, layers.n))
+    for _, G, parts in layers:
+        for rows, R in parts:
+            total[rows] -= R @ G.T
+        del R  # before the next layer's
+    return processes.add_up(total)
+
+
+def ihvp(
+    train: Mapping[str, Tensor],
+    query: Mapping[str, Tensor],
+    method: str | Method = "datainf",
+    damping: float = 0.1,
+    *,
+    device: torch.device | str | None = None,
+    memory: Memory = None,
+    **options,
+) -> dict[str, Float[Tensor, "m d"]]:
+    """The first half of `influence`: layer name -> R (m, d_l), the inverse-Hessian-vector products of the queries.
+
+    For those who time the two halves apart, or who keep R to score training examples that come later with
+    `scores`. Arguments and errors as in `influence`. In several processes: of the layers that fall to this one.
+    """
+    layers = _Layers(train, query, method, damping, device, memory, options)
+    shapes = [(layers.m, layers.widths[name]) for name in layers.mine]
+    found = dict(zip(layers.mine, layers.zeros(*shapes), strict=True))
+    for name, _, parts in layers:
+        for rows, R in parts:
+            found[name][rows] = R
+        del R  # before the next layer's
+    return found
+
+
+def scores(
+    train: Mapping[str, Tensor], ihvp: Mapping[str, Float[Tensor, "m d"]], *, memory: Memory = None
+) -> Float[Tensor, "m n"]:
+    """The second half of `influence`: score[j, k] = - sum over layers of R[j] . G[k], shape (m, n)."""
+    memory = None if memory is None else bytes_of(memory)
+    # A process to which no layer fell learns the number of queries from the others.
+    m, first = max(processes.collect([len(R) for R in ihvp.values()])), layer_rows(train, next(iter(train)))
+    like = next(iter(ihvp.values()), first)
+    scratch, total = Scratch(), torch.zeros(m, len(first), device=like.device, dtype=first.dtype)
+    for name, R in ihvp.items():
+        G = layer_rows(train, name, R.device, scratch=scratch)
+        (n, d), size = G.shape, G.dtype.itemsize
+        needs = Needs(fixed=4 * len(R) * n * size, per_query=0, layer=n * d * size, smallest_block=2 * d * size)
+        G = G.to(block_bytes=share_out(memory, f"layer {name!r}", needs, kept=0, queries=len(R)).block_bytes)
+        total = total - R @ G.T
+    return processes.add_up(total)
+
+
+def self_influence(
+    train: Mapping[str, Tensor],
+    method: str | Method = "datainf",
+    damping: float = 0.1,
+    *,
+    device: torch.device | str | None = None,
+    memory: Memory = None,
+    **options,
+) -> Float[Tensor, " n"]:
+    """The influence of every training example on its own loss, shape (n,): the diagonal of ``influence(train, train)``.
+
+    Never positive for a positive definite H, since up-weighting an example lowers its own loss; the most negative
+    scores belong to the examples that the model fits mostly by themselves. Arguments and errors as in `influence`.
+    """
+    layers = _Layers(train, train, method, damping, device, memory, options, in_blocks=True)
+    (total,) = layers.zeros((layers.n,))
+    for _, G, parts in layers:
+        for rows, R in parts:
+            total[rows] -= (R * G.tensor(rows)).sum(dim=1)
+        del R  # before the next layer's
+    return processes.add_up(total)
+
+
+class _Layers:
+    """What `influence`, `ihvp` and `self_influence` share: their arguments, checked, and the layers one at a time.
+
+    Iterating yields (layer name, G, parts), where parts yields (slice of query numbers, R of those queries): all
+    queries at once where `memory` allows it. Whether it allows anything is seen before the first layer is begun.
+    """
+
+    def __init__(self, train, query, method, damping, device, memory, options, in_blocks=False):
+        self.method = resolve_method(method, options)
+        check_pair(train, query, damping)
+        self.train, self.query, self.damping, self.in_blocks = train, query, damping, in_blocks
+        self.memory = None if memory is None else bytes_of(memory)
+        shapes = {name: layer_rows(train, name).shape for name in train}
+        self.widths = {name: d for name, (_, d) in shapes.items()}
+        self.mine = processes.my_share(self.widths)
+        first = next(iter(train))
+        self.n, self.m = shapes[first][0], layer_rows(query, first).shape[0]
+        like = layer_rows(train, first, device)
+        self.device, self.dtype = like.device, like.dtype
+        # The squared norms of all layers are kept by a store.
+        self._kept = self.n * len(self.widths) * self.dtype.itemsize
+
+    def zeros(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Tensors for all results, made when it is seen that what they leave of the memory will do."""
+        self._kept += sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
+        self._shared_out = {name: self._blocks(name) for name in self.mine}
+        return [torch.zeros(*shape, device=self.device, dtype=self.dtype) for shape in shapes]
+
+    def __iter__(self) -> Iterator[tuple[str, Rows, Iterator[tuple[slice, Tensor]]]]:
+        blocks, scratch = self._shared_out, Scratch()
+        began, what = time.monotonic(), name_of(self.method)
+        for name in progress.bar(self.mine, desc=what, unit="layer"):
+            scratch.shrink(blocks[name].block_bytes)
+            options = {"block_bytes": blocks[name].block_bytes, "scratch": scratch}
+            G = layer_rows(self.train, name, self.device, **options)
+            if not is_built_in(self.method):  # which is given all of it, and nobody another copy
+                G = Rows.of(G.tensor())
+            yield name, G, self._parts(name, G, blocks[name].queries)
+            if name == self.mine[0]:
+                share = self.widths[name] / sum(self.widths[mine] for mine in self.mine)
+                progress.say_if_long(f"{what}, {self.n} x {self.m} examples", share, time.monotonic() - began)
+
+    def _parts(self, name: str, G: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
+        rows_of_V = layer_rows(self.query, name, self.device, dtype=G.dtype)
+        solve = solver_of(self.method, name, G, self.damping)
+        for rows in slices(self.m, queries):
+            V = rows_of_V.tensor(rows)
+            check_finite("query", name, square_norms(V), rows.start)
+            R = solve(V)
+            if not torch.linalg.vector_norm(R, ord=torch.inf).isfinite():
+                what = f"{name_of(self.method)} diverged in layer {name!r}"
+                warnings.warn(f"{what}; scores that it enters are not numbers.", stacklevel=3)
+            yield rows, R
+
+    def _blocks(self, name: str) -> Blocks:
+        d, G = self.widths[name], layer_rows(self.train, name, self.device)
+        most = self.m if not self.in_blocks else max(1, BLOCK_BYTES // (d * G.dtype.itemsize))
+        needs = needs_of(self.method, self.n, d, G.dtype.itemsize, at_hand=G.is_at_hand)
+        what = f"{name_of(self.method)} on layer {name!r}"
+        return share_out(self.memory, what, needs, kept=self._kept, queries=min(self.m, most))
+
+
+def solver_of(
+    method: Method, name: str, G: Rows, damping: float
+) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
+    """V -> R = method(G, V, lam) for the layer called `name`, after the checks that need the layer's numbers."""
+    check_finite("training", name, square_norms(G))
+    lam = layer_damping(G, damping)
+    if lam == 0:
+        raise ValueError(
+            f"Every training gradient of layer {name!r} is zero, so its damping is zero and H has no inverse: "
+            "leave the layer out, or fine-tune first (the gradient of lora_A is zero while lora_B is still zero)."
+        )
+    if method is exact:
+        return exact_solver(G, lam)
+    G = G if is_built_in(method) else G.tensor()
+    return lambda V: method(G, V, lam)
+
+
+def layer_rows(
+    gradients: Mapping[str, Tensor],
+    name: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options,
+) -> Rows:
+    """The rows of one layer, in float32 at least; read lazily where the mapping offers it (`GradientStore.rows`)."""
+    rows = gradients.rows(name) if hasattr(gradients, "rows") else Rows.of(gradients[name])
+    dtype = dtype or torch.promote_types(rows.dtype, torch.float32)
+    return rows.to(device=device or rows.device, dtype=dtype, **options)
+
+
+# --- What can be wrong with the input -------------------------------------------------------------------------------
+
+
+def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor], damping: float) -> None:
+    """Refuse gradients that cannot be compared: other layers, other widths, no examples; and damping <= 0."""
+    if damping <= 0:
+        raise ValueError(f"damping must be positive, not {damping}: without it H has no inverse when d_l > n.")
+    if not train:
+        raise ValueError("There are no layers: the training gradients are an empty mapping.")
+    if missing := sorted(set(train) ^ set(query)):
+        name = missing[0]
+        raise ValueError(
+            f"Train and query gradients must be of the same layers, but {len(missing)} are in one alone: "
+            f"layer {name!r} is missing from the {'query' if name in train else 'training'} gradients."
+        )
+    n_of = {}
+    for name in train:
+        shapes = [tuple(layer_rows(side, name).shape) for side in (train, query)]
+        if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != shapes[1][1]:
+            raise ValueError(
+                f"Layer {name!r} has shape {shapes[0]} in train and {shapes[1]} in query; "
+                "both must be (examples, d_l) with the same d_l."
+            )
+        for side, (examples, _) in zip(("training", "query"), shapes, strict=True):
+            if examples == 0:
+                raise ValueError(f"There are no {side} examples: layer {name!r} has no rows.")
+            if n_of.setdefault(side, examples) != examples:
+                raise ValueError(f"Layer {name!r} has {examples} {side} rows where the others have {n_of[side]}.")
+
+
+def check_finite(side: str, name: str, squares: Float[Tensor, " n"], first: int = 0) -> None:
+    """Refuse gradients that are not finite, naming the first such example; `squares` are the squared norms of those
+    from number `first` on."""
+    bad = (~torch.isfinite(squares)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"The gradient of {side} example {first + bad[0].item()} in layer {name!r} is not finite "
+            f"({len(bad)} of {len(squares)} examples): look at that example's loss, or drop it."
+        )

@@ -1,0 +1,257 @@
+"""Attach a LoRA adapter to a base, fine-tune it, load it again: what all families of models share."""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from datainf import demo
+from datainf.errors import InputError
+from datainf.gradients.per_sample import LossFn
+from datainf.models import training
+from datainf.models.training import Recipe
+from datainf.storage.files import write_whole
+
+ADAPTER, HISTORY, ORIGIN, CHECKPOINTS = "adapter", "history.csv", "origin.json", "checkpoints"
+
+__all__ = [
+    "FineTuned",
+    "Recipe",
+    "attach_adapter",
+    "check_shape",
+    "fine_tune",
+    "from_pretrained",
+    "load_adapter",
+    "no_history",
+    "on_device",
+    "quiet",
+    "weights_revision",
+]
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model with all that is needed to take its gradients.
+
+    Attributes:
+        model: the base with its adapter (and trained head, of a classifier), on the device it was trained on.
+        tokenizer: the base's.
+        train, query: tokenized datasets; the queries are the validation or test examples.
+        collate: makes a padded batch of a list of their rows.
+        history: a row per epoch, or five in all where the recipe counts steps: step, epoch, loss (mean training loss),
+            query_loss, and accuracy of a classifier.
+        revision: which base: the hub's commit, or a hash of the weights in its folder.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    query: Dataset
+    collate: Callable[[list], dict]
+    history: pd.DataFrame
+    revision: str
+
+    @property
+    def accuracy(self) -> float:
+        """A classifier's accuracy on the queries after the last epoch."""
+        return float(self.history["accuracy"].iloc[-1])
+
+
+def quiet() -> None:
+    """Silence the libraries' own reports of progress, which fill a notebook; the study shows its own."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def from_pretrained(loader: Any, base: str, **options) -> Any:
+    """``loader.from_pretrained`` of a hub id, a folder in the hub's format, or a built-in base (`demo.BASES`).
+
+    Raises:
+        InputError: there is nothing of that kind.
+    """
+    source = str(demo.BASES.get(base, base))
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise InputError(f"There is no folder {base}: give a model's folder, a hub id or {', '.join(demo.BASES)}.")
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"The model {base!r} can be loaded neither from a folder nor from the hub: {reason}"
+        ) from error
+
+
+def attach_adapter(model: nn.Module, recipe: Recipe, task_type: str | None) -> PeftModel:
+    """Freeze `model` and put a LoRA adapter on every module that the recipe's targets name.
+
+    A classifier's head (`task_type` "SEQ_CLS") is left trainable.
+
+    Raises:
+        InputError: the model has no such modules.
+    """
+    config = LoraConfig(
+        task_type=task_type,
+        r=recipe.rank,
+        lora_alpha=recipe.alpha or recipe.rank,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.targets),
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(
+            f"{type(model).__name__} cannot carry a LoRA adapter on {', '.join(recipe.targets)}: choose targets among "
+            "the names of its modules, such as value (BERT, RoBERTa), q_proj and v_proj (Llama) or to_q, to_k and to_v "
+            "(the UNet of Stable Diffusion)."
+        ) from error
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
+    """The base `model` with the adapter that was saved in `folder`, trainable.
+
+    Raises:
+        InputError: there is no adapter, or it was made for another base.
+    """
+    folder = str(folder)
+    try:
+        PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"There is no adapter in {folder}: it needs adapter_config.json and its weights.") from error
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except ValueError as error:
+        raise InputError(_misfit(folder, model, "its target modules are not in it")) from error
+    except RuntimeError as error:
+        raise InputError(_misfit(folder, model, "its matrices have other shapes")) from error
+    saved, expected = load_peft_weights(folder, device="cpu").keys(), get_peft_model_state_dict(adapted).keys()
+    if saved != expected:  # which PEFT lets pass with a warning, or without
+        raise InputError(_misfit(folder, model, f"only one of the two has {min(saved ^ expected)}"))
+    return adapted
+
+
+def check_shape(model: PeftModel, recipe: Recipe, adapter: str) -> None:
+    """Refuse an adapter of another shape than the recipe says, which is what the record of a run will say.
+
+    Raises:
+        InputError: its rank, alpha or targets are others.
+    """
+    config = model.active_peft_config
+    found = {"rank": config.r, "alpha": config.lora_alpha, "targets": sorted(config.target_modules)}
+    said = {"rank": recipe.rank, "alpha": recipe.alpha or recipe.rank, "targets": sorted(recipe.targets)}
+    for name, value in found.items():
+        if value != said[name]:
+            raise InputError(f"The adapter in {adapter} has {name} {value}, not {said[name]}: set {name} to {value}.")
+
+
+def _misfit(folder: str, model: nn.Module, why: str) -> str:
+    base = getattr(model, "name_or_path", "") or type(model).__name__
+    return f"The adapter in {folder} does not fit the base {base}: {why}."
+
+
+def fine_tune(
+    load: Callable[[], nn.Module],
+    train: Dataset,
+    query: Dataset,
+    collate: Callable[[list], dict],
+    recipe: Recipe,
+    *,
+    task_type: str | None,
+    data_revision: str,
+    revision: str = "",
+    folder: str | Path,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    loss: LossFn | None = None,
+) -> tuple[PeftModel, pd.DataFrame, str]:
+    """Fine-tune the base that `load` gives, or load what an earlier call with this `folder` has finished.
+
+    A call that was killed goes on from its last checkpoint and ends with the same weights.
+
+    Args:
+        load: gives the base afresh, with the same weights each time.
+        data_revision: which data; a folder made from other data is refused.
+        revision: which base, where that is more than the model that `load` gives.
+        folder: keeps the adapter, the curve and the checkpoints.
+        loss: one loss per example; by default the model's own.
+
+    Returns:
+        The model with its adapter, the curve by epoch, and the base's revision: see `FineTuned`.
+
+    Raises:
+        InputError: the base has no such modules, or `folder` was made from another base, other data or by another
+            recipe.
+    """
+    folder = Path(folder)
+    model = load()
+    revision = revision or weights_revision(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # another run may be after the same model
+        _check_origin(folder / ORIGIN, {"base": revision, "data": data_revision, "recipe": asdict(recipe)})
+        if not (folder / HISTORY).is_file():
+            adapted = attach_adapter(model, recipe, task_type)
+            history = training.train(
+                adapted, train, query, collate, recipe, folder / CHECKPOINTS, compute_metrics=compute_metrics, loss=loss
+            )
+            adapted.save_pretrained(folder / ADAPTER)
+            # Written last: its presence says that the adapter beside it is finished.
+            write_whole(folder / HISTORY, history.to_csv(index=False))
+            shutil.rmtree(folder / CHECKPOINTS)
+            # Not the model that was trained: the Trainer leaves its mixed precision wrapped around that one's forward.
+            del adapted, model
+            model = load()
+        adapted = load_adapter(model, folder / ADAPTER)
+        history = pd.read_csv(folder / HISTORY)
+    return on_device(adapted), history, revision
+
+
+def on_device(model: PeftModel) -> PeftModel:
+    """The model on the GPU where there is one; a quantized base is there already."""
+    quantized = getattr(model.get_base_model(), "is_quantized", False)
+    return model.cuda() if torch.cuda.is_available() and not quantized else model
+
+
+def weights_revision(model: nn.Module) -> str:
+    """The hub's commit of a pretrained model, or a hash of its base weights where it came from a folder."""
+    if revision := getattr(getattr(model, "config", None), "_commit_hash", None):
+        return revision[:12]
+    digest = hashlib.sha256()
+    base = getattr(model, "base_model", model)  # of a transformer without its head
+    for name, parameter in base.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()[:12]}"
+
+
+def no_history() -> pd.DataFrame:
+    """The curve of an adapter that came from elsewhere: no rows."""
+    return pd.DataFrame(columns=["step", "epoch", "loss", "query_loss"], dtype=float)
+
+
+def _check_origin(path: Path, origin: Mapping[str, object]) -> None:
+    """Refuse a folder in which something else was fine-tuned: another base, other data, by another recipe."""
+    written = json.dumps(origin)
+    if not path.is_file():
+        write_whole(path, written)
+        return
+    wanted, found = json.loads(written), json.loads(path.read_text(encoding="utf8"))
+    if found != wanted:
+        differs = " and ".join(name for name in wanted if found.get(name) != wanted[name])
+        raise InputError(
+            f"{path.parent} holds a model fine-tuned from another {differs}: delete that folder, or give another."
+        )

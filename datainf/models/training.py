@@ -1,0 +1,154 @@
+"""Train what is trainable of a model by transformers' Trainer, in a way that any kill leaves resumable."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from datainf import progress
+from datainf.errors import InputError
+from datainf.gradients.per_sample import LossFn
+
+REPORTS = 5
+"""How often a training that counts steps is evaluated and saved."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An adapter's shape and how it is trained; the defaults are the paper's for RoBERTa (D.1).
+
+    Attributes:
+        alpha: LoRA's scaling numerator; 0 means `rank`, so that the adapter is not scaled.
+        targets: names of the modules that get an adapter.
+        steps: optimisation steps; 0 means as many as `epochs` take.
+        bf16: fine-tune in bfloat16 mixed precision; gradients are taken in float32 all the same.
+
+    Raises:
+        InputError: a value that no fine-tuning can work with.
+    """
+
+    rank: int = 4
+    alpha: int = 0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("value",)
+    learning_rate: float = 3e-4
+    epochs: int = 10
+    batch_size: int = 32
+    steps: int = 0
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self):
+        for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("alpha", 0), ("steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate must be positive, not {self.learning_rate!r}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be a share from 0 up to 1, not {self.dropout!r}.")
+
+
+def train(
+    model: PeftModel,
+    examples: Sequence,
+    query: Sequence,
+    collate: Callable[[list], dict],
+    recipe: Recipe,
+    checkpoints: Path,
+    *,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    loss: LossFn | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place on `examples`, from the last checkpoint where there is one.
+
+    Args:
+        query: examples whose loss is followed.
+        loss: one loss per example; by default the model's own.
+
+    Returns:
+        The curve, one row per epoch, or `REPORTS` in all where the recipe counts steps: see `lora.FineTuned`.
+    """
+    arguments = _arguments(recipe, checkpoints, tokenized="input_ids" in examples[0], own_loss=loss is None)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=query,
+        data_collator=collate,
+        compute_metrics=compute_metrics,
+    )
+    trainer.loss = loss
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress)
+    trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
+    log = pd.DataFrame(trainer.state.log_history)
+    curves = {"loss": "loss", "eval_loss": "query_loss", "eval_accuracy": "accuracy"}
+    found = {
+        name: log.dropna(subset=logged).set_index(["step", "epoch"])[logged]
+        for logged, name in curves.items()
+        if logged in log
+    }
+    return pd.DataFrame(found).reset_index()
+
+
+def _arguments(recipe: Recipe, checkpoints: Path, *, tokenized: bool, own_loss: bool) -> TrainingArguments:
+    often = {"strategy": "steps", "steps": max(1, recipe.steps // REPORTS)} if recipe.steps else {"strategy": "epoch"}
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        learning_rate=recipe.learning_rate,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        **{f"{what}_{name}": value for what in ("eval", "save", "logging") for name, value in often.items()},
+        save_total_limit=1,
+        # Like lengths share a batch: far less padding.
+        train_sampling_strategy="group_by_length" if tokenized else "random",
+        # A loss of one's own takes what it needs from the batch, under its own names.
+        remove_unused_columns=own_loss,
+        label_names=None if own_loss else ["target"],
+        seed=recipe.seed,
+        bf16=recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _Trainer(Trainer):
+    """The Trainer, with a loss of one's own."""
+
+    loss: LossFn | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.loss(model, inputs).mean()
+        return (loss, {}) if return_outputs else loss
+
+
+class _Progress(TrainerCallback):
+    """One bar over all steps; it begins where a checkpoint left off."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = progress.bar(total=state.max_steps, initial=state.global_step, desc="fine-tuning")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The last checkpoint that was written to its end: trainer_state.json is the last of its files."""
+    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None

@@ -1,0 +1,52 @@
+"""One function per kind of figure; the same colour, marker and name for a method everywhere."""
+
+from datainf.study.plotting.benchmarks import side_by_side
+from datainf.study.plotting.classification import (
+    against_exact,
+    by_rank,
+    cost,
+    detection_curves,
+    fine_tuning_curve,
+    score_distributions,
+)
+from datainf.study.plotting.identification import (
+    KINDS,
+    by_loss,
+    by_method,
+    class_detection,
+    class_heat_maps,
+    loss_curve,
+)
+from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
+from datainf.study.plotting.style import METHOD_STYLE, STAGES, confidence_interval, label, use_style
+from datainf.study.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
+
+__all__ = [
+    "look",
+    "lines",
+    "ellipses",
+    "blocks",
+    "against_truth",
+    "GUIDE",
+    "KINDS",
+    "METHOD_STYLE",
+    "STAGES",
+    "against_exact",
+    "by_loss",
+    "by_method",
+    "by_rank",
+    "class_detection",
+    "class_heat_maps",
+    "confidence_interval",
+    "cost",
+    "detection_curves",
+    "fine_tuning_curve",
+    "influential_pictures",
+    "label",
+    "loss_curve",
+    "picture_grid",
+    "score_distributions",
+    "side_by_side",
+    "stability",
+    "use_style",
+]

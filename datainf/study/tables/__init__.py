@@ -1,0 +1,23 @@
+"""The study's tables: what the paper reports beside what was measured here."""
+
+from datainf.study.tables.claims import ours_beside_paper
+from datainf.study.tables.summaries import (
+    accuracy_gained,
+    by_dataset_and_rank,
+    class_detection,
+    distance_gained,
+    fine_tuned,
+    influential,
+    to_markdown,
+)
+
+__all__ = [
+    "accuracy_gained",
+    "by_dataset_and_rank",
+    "class_detection",
+    "distance_gained",
+    "fine_tuned",
+    "influential",
+    "ours_beside_paper",
+    "to_markdown",
+]

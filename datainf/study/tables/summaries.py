@@ -1,0 +1,151 @@
+"""Tables of what was measured, most of them beside the paper's, and of examples to be read."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from pandas.io.formats.style import Styler
+
+from datainf.study.plotting import confidence_interval, label
+
+
+def mean_and_interval(values: pd.Series) -> str:
+    """A mean and half the width of its 95% confidence interval, such as "0.64 ± 0.03"."""
+    low, high = confidence_interval(values)
+    mean = values.mean()
+    return f"{mean:.2f}" if pd.isna(low) else f"{mean:.2f} ± {(high - low) / 2:.2f}"
+
+
+def by_dataset_and_rank(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A metric's mean and 95% interval over seeds: a row per dataset and rank, a column per method."""
+    cells = runs.groupby(["dataset", "rank", "method"], sort=False)[metric].apply(mean_and_interval)
+    return cells.unstack("method").rename(columns=label)
+
+
+def fine_tuned(runs: pd.DataFrame) -> pd.DataFrame:
+    """Validation accuracy by dataset and rank beside the majority class's, means over seeds, and n."""
+    models = runs.drop_duplicates(["dataset", "rank", "seed"])
+    table = models.groupby(["dataset", "rank"], sort=False).agg(
+        n=("n_train", "max"),
+        seeds=("seed", "nunique"),
+        accuracy=("accuracy", mean_and_interval),
+        majority=("majority", "mean"),
+        beats_majority=("accuracy", lambda a: f"{(a > models.loc[a.index, 'majority']).sum()} of {len(a)}"),
+    )
+    return table.rename(columns={"beats_majority": "runs above majority"}).round(2)
+
+
+def mean_and_error(values: pd.Series) -> str:
+    """A mean and its standard error over runs, such as "0.967 ± 0.001"."""
+    return f"{values.mean():.3f}" + (f" ± {values.sem():.3f}" if len(values) > 1 else "")
+
+
+# What the gradients are of, as the two texts that a loss can be justified by have it.
+LOSSES = {
+    "completion": "the response (the paper's text)",
+    "as_published": "the prompt (its published code)",
+    "mean": "the mean over timesteps",
+    "concat": "the timesteps side by side (its published code)",
+}
+
+
+def class_detection(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Table 2: class-detection AUC and recall by task and method, for each loss beside the paper's.
+
+    By |score|, as in the paper's text; the last columns are of the AUC by helpfulness, the negated score.
+
+    Ours are means and standard errors over seeds; the paper's are over the test examples of one run.
+    """
+    cells = identification.groupby(["dataset", "method", "loss"], sort=False)
+    ours = cells[["auc", "recall", "auc_signed"]].agg(mean_and_error)
+    paper = reported.query("item == 'Table 2'").set_index(["dataset", "method", "metric"])["value"].unstack()
+    paper = _by_our_names(paper, identification)
+    table = {}
+    for metric, name in (("auc", "AUC"), ("recall", "recall")):
+        by_loss = ours[metric].unstack("loss")
+        table |= {f"{name}, {loss}": by_loss[loss] for loss in LOSSES if loss in by_loss}
+        error = paper[f"{metric}_se"].map(" ± {:.3f}".format)
+        table[f"{name} (paper)"] = paper[metric].map("{:.3f}".format) + error
+    by_loss = ours["auc_signed"].unstack("loss")
+    table |= {f"AUC by helpfulness, {loss}": by_loss[loss] for loss in LOSSES if loss in by_loss}
+    return pd.DataFrame(table).reindex(by_loss.index).fillna("").rename(label, level="method")
+
+
+def _by_our_names(paper: pd.DataFrame, identification: pd.DataFrame) -> pd.DataFrame:
+    """The paper's rows of these tasks, under the names of the datasets that stand for them here.
+
+    A record of pictures names the paper's task in its column `kind`; a text task has the paper's own name.
+    """
+    tasks = kind_of(identification).groupby(identification["dataset"], sort=False).first()
+    found = {name: paper.xs(kind) for name, kind in tasks.items() if kind in paper.index.get_level_values(0)}
+    return pd.concat(found, names=["dataset"]) if found else paper.iloc[:0]
+
+
+def kind_of(identification: pd.DataFrame) -> pd.Series:
+    """What the paper calls the task of each record."""
+    return identification["kind"] if "kind" in identification else identification["dataset"]
+
+
+def accuracy_gained(identification: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Table 4: accuracy of the base and of the fine-tuned model by task, ours (mean over seeds) beside the paper's."""
+    models = identification.drop_duplicates(["dataset", "rank", "seed"])
+    paper = reported.query("item == 'Table 4'").pivot_table("value", "dataset", "method")
+    table = models.groupby("dataset", sort=False).agg(
+        model=("model", "first"),
+        n=("n_train", "max"),
+        seeds=("seed", "nunique"),
+        base=("accuracy_base", "mean"),
+        fine_tuned=("accuracy", mean_and_interval),
+    )
+    table["base"] = table["base"].map("{:.2f}".format)
+    for name in ("base", "fine_tuned"):
+        table[f"{name} (paper)"] = paper[name].map("{:.2f}".format)
+    return table.fillna("").rename(columns=lambda name: name.replace("_", "-"))
+
+
+def distance_gained(pictures: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Table 4: Fréchet distance of generated from test pictures before and after fine-tuning, beside the paper's."""
+    models = pictures.drop_duplicates(["dataset", "rank", "seed"])
+    models = models.assign(closer=models["frechet"] < models["frechet_base"])
+    table = models.groupby("dataset", sort=False).agg(
+        model=("model", "first"),
+        n=("n_train", "max"),
+        seeds=("seed", "nunique"),
+        closer=("closer", lambda closer: f"{closer.sum()} of {len(closer)}"),
+        features=("frechet_features", "first"),
+        base=("frechet_base", mean_and_interval),
+        fine_tuned=("frechet", mean_and_interval),
+        kind=("kind", "first"),
+    )
+    paper = reported.query("item == 'Table 4' and metric == 'fid'").pivot_table("value", "dataset", "method")
+    paper = paper.reindex(columns=["base", "fine_tuned"]).reindex(table.pop("kind")).set_axis(table.index)
+    shown = paper.map(lambda value: "" if pd.isna(value) else f"{value:.1f}").add_suffix(" (paper, FID)")
+    names = {"closer": "runs closer", "fine_tuned": "fine-tuned", "fine_tuned (paper, FID)": "fine-tuned (paper, FID)"}
+    return table.join(shown).rename(columns=names)
+
+
+def influential(train: pd.DataFrame, query: Mapping[str, str], scores: Float[np.ndarray, " n"], k: int = 2) -> Styler:
+    """A query with its most and least influential training examples, to be read (the paper's Figure 3).
+
+    Args:
+        train: columns class, prompt and response, a row per training example; `query` has the same names.
+        scores: of the training examples for this query. Most influential are the largest |scores|, least influential
+            the smallest; scores are shown as shares of the largest.
+    """
+    order = np.argsort(-np.abs(scores), kind="stable")
+    columns = ["class", "prompt", "response"]
+    rows = [{"": "test example", "score": "", **{name: query[name] for name in columns}}]
+    for role, places in (("most influential", order[:k]), ("least influential", order[-k:][::-1])):
+        rows += [
+            {"": role, "score": f"{scores[i] / np.abs(scores).max():+.2g}", **train.iloc[i][columns]} for i in places
+        ]
+    style = {"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"}
+    return pd.DataFrame(rows).style.hide(axis="index").set_properties(**style)
+
+
+def to_markdown(table: pd.DataFrame, columns: Iterable[str] | None = None) -> str:
+    """A table in GitHub's Markdown."""
+    table = table if columns is None else table[list(columns)]
+    lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in lines) + "\n"

@@ -1,0 +1,375 @@
+"""Every method against a dense float64 inverse or a literal loop over its equation."""
+
+import re
+
+import pytest
+import torch
+
+import datainf
+from datainf import scaling
+from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled
+from datainf.errors import InputError
+from datainf.storage.rows import Rows, gram, second_moment
+
+WIDE, TALL = (9, 40), (60, 12)  # (n, d): d > n takes exact's dual system, d <= n its primal one
+
+
+def gradients(n: int, d: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    """Gradients with a decaying spectrum, as real ones have."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, d + 1, dtype=torch.float64) ** -0.7
+    return (torch.randn(n, d, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def damped_hessian(G: torch.Tensor, lam: float) -> torch.Tensor:
+    return sum(torch.outer(g, g) for g in G) / len(G) + lam * torch.eye(G.shape[1], dtype=G.dtype)
+
+
+def oracle(method: str, G: torch.Tensor, V: torch.Tensor, lam: float) -> torch.Tensor:
+    """The definition of each method with dense d x d matrices, one query at a time."""
+    n, d = G.shape
+    identity = torch.eye(d, dtype=G.dtype)
+    H = damped_hessian(G, lam)
+
+    def iterate(A: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        r = v.clone()
+        for _ in range(10):
+            r = v + (identity - A) @ r
+        return r
+
+    def solve(v: torch.Tensor) -> torch.Tensor:
+        if method == "hessian_free":
+            return v
+        if method == "datainf":  # the right-hand side of the paper's Eq. 4, literally
+            return sum(torch.linalg.inv(torch.outer(g, g) + lam * identity) for g in G) @ v / n
+        if method == "exact":
+            return torch.linalg.inv(H) @ v
+        if method == "lissa":
+            return iterate(H, v)
+        if method == "lissa_as_published":
+            return iterate(H - 2 * lam * identity, v)
+        if method == "lissa_scaled":
+            step = 1 / (largest_eigenvalue(G) + lam)
+            return step * iterate(step * H, v)
+        raise AssertionError(method)
+
+    return torch.stack([solve(v) for v in V])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL, (1, 7)])
+@pytest.mark.parametrize("method", METHODS)
+def test_method_equals_its_definition(method, shape):
+    G, V = gradients(*shape), gradients(5, shape[1], seed=1)
+    lam = layer_damping(G)
+    assert relative_error(METHODS[method](G, V, lam), oracle(method, G, V, lam)) <= 1e-10
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_gradients_stay_close_to_float64(method, shape):
+    G, V = gradients(*shape), gradients(5, shape[1], seed=1)
+    lam = layer_damping(G)
+    found = METHODS[method](G.float(), V.float(), lam)
+    assert found.dtype == torch.float32
+    assert relative_error(found.double(), METHODS[method](G, V, lam)) <= 2e-5
+
+
+def test_exact_in_float32_survives_bad_conditioning():
+    """One gradient a million times the others, damping 1e-6: float32 arithmetic alone would lose every digit."""
+    G, V = gradients(30, 20, dtype=torch.float32), gradients(4, 20, seed=1, dtype=torch.float32)
+    G[0] *= 1e3
+    lam = layer_damping(G, 1e-6)
+    expected = V.double() @ torch.linalg.inv(damped_hessian(G.double(), lam))
+    assert relative_error(exact(G, V, lam).double(), expected) <= 1e-6
+
+
+def test_exact_primal_and_dual_agree():
+    """Zero columns change d and so the system that is solved, but not the first 12 entries of the solution."""
+    G, V = gradients(*TALL), gradients(3, 12, seed=1)
+    lam = layer_damping(G)
+    padded = [torch.nn.functional.pad(matrix, (0, 100)) for matrix in (G, V)]
+    assert relative_error(exact(*padded, lam)[:, :12], exact(G, V, lam)) <= 1e-10
+
+
+def test_datainf_is_exact_for_one_example():
+    G, V = gradients(1, 30), gradients(4, 30, seed=1)
+    lam = layer_damping(G)
+    assert relative_error(METHODS["datainf"](G, V, lam), exact(G, V, lam)) <= 1e-10
+
+
+def test_datainf_is_exact_for_equal_gradients_and_not_otherwise():
+    G, V = gradients(6, 30), gradients(4, 30, seed=1)
+    repeated = G[:1].repeat(6, 1)
+    lam = layer_damping(G)
+    assert relative_error(METHODS["datainf"](repeated, V, lam), exact(repeated, V, lam)) <= 1e-10
+    assert relative_error(METHODS["datainf"](G, V, lam), exact(G, V, lam)) > 1e-2
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_scaled_lissa_converges_to_exact(shape):
+    G, V = gradients(*shape), gradients(3, shape[1], seed=1)
+    lam = layer_damping(G)
+    errors = [relative_error(lissa_scaled(G, V, lam, iterations=k), exact(G, V, lam)) for k in (1, 10, 100, 8000)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] <= 1e-10
+
+
+def test_lissa_converges_below_two_and_diverges_above():
+    G, V = gradients(*TALL), gradients(3, 12, seed=1)
+    top = largest_eigenvalue(G)
+    tame, wild = G * (1.5 / top) ** 0.5, G * (2.5 / top) ** 0.5
+    lam = 0.1
+    assert relative_error(METHODS["lissa"](tame, V, lam, iterations=500), exact(tame, V, lam)) <= 1e-6
+    assert METHODS["lissa"](wild, V, lam, iterations=500).norm() > 1e3 * exact(wild, V, lam).norm()
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_largest_eigenvalue(shape):
+    G = gradients(*shape)
+    top = torch.linalg.eigvalsh(G.T @ G / len(G))[-1].item()
+    assert 0.95 * top <= largest_eigenvalue(G) <= top * (1 + 1e-12)
+
+
+def pair(n=9, m=4, dtype=torch.float64):
+    widths = {"a": 40, "b": 5, "c": 21}
+    train = {name: gradients(n, d, seed=index, dtype=dtype) for index, (name, d) in enumerate(widths.items())}
+    query = {name: gradients(m, d, seed=10 + index, dtype=dtype) for index, (name, d) in enumerate(widths.items())}
+    return train, query
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_influence_sums_layers_with_the_sign_of_the_paper(method):
+    """Algorithm 1's loops, literally: over layers, queries and training examples."""
+    train, query = pair()
+    expected = torch.zeros(4, 9, dtype=torch.float64)
+    for name, G in train.items():
+        lam = 0.1 * sum(g @ g for g in G).item() / G.numel()
+        R = oracle(method, G, query[name], lam)
+        for j in range(4):
+            for k in range(9):
+                expected[j, k] -= R[j] @ G[k]
+    assert relative_error(datainf.influence(train, query, method=method), expected) <= 1e-10
+
+
+def test_the_two_halves_make_the_whole():
+    train, query = pair()
+    halves = datainf.scores(train, datainf.ihvp(train, query, method="exact"))
+    assert torch.equal(halves, datainf.influence(train, query, method="exact"))
+
+
+def test_positive_means_harmful():
+    """A training example with the query's own gradient is helpful; with the opposite gradient it is harmful."""
+    v = gradients(1, 8)
+    G = torch.cat([v, -v, gradients(6, 8, seed=3)])
+    for method in ("hessian_free", "datainf", "exact", "lissa_scaled"):
+        scores = datainf.influence({"layer": G}, {"layer": v}, method=method)
+        assert scores[0, 0] < 0 < scores[0, 1]
+
+
+class Streamed(dict):
+    """Gradients that are read, as those on disk are: a block is held in memory of its own."""
+
+    def rows(self, name):
+        G = self[name]
+        fill = lambda out, rows, columns: out.copy_(G[rows, columns])  # noqa: E731
+        return Rows(fill, G.shape, device="cpu", dtype=G.dtype)
+
+
+def least_memory(train, query, method) -> int:
+    """What the refusal of too little memory says is needed."""
+    with pytest.raises(ValueError, match=r"memory=.* is too little: .* needs at least") as refused:
+        datainf.influence(train, query, method=method, memory=1)
+    number, unit = re.search(r"at least ([\d.]+)(k?)B", str(refused.value)).groups()
+    return int(float(number) * (1000 if unit else 1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("more", [1.0, 1.3, 2, 10])
+def test_memory_bounds_the_tensors_and_not_the_result(method, more):
+    """From the least that is accepted: blocks of one row, one query at a time."""
+    train, query = (Streamed(side) for side in pair(n=50, m=20))
+    memory = int(more * least_memory(train, query, method))
+    whole = datainf.influence(*pair(n=50, m=20), method=method)
+    found = []
+    peak = scaling.peak_bytes(lambda: found.append(datainf.influence(train, query, method=method, memory=memory)))
+    assert relative_error(found[0], whole) <= 1e-10
+    assert peak <= memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_bounds_what_a_store_on_disk_takes(method, dtype, tmp_path):
+    sides = []
+    for name, side in zip(("train", "query"), pair(n=24, m=8, dtype=dtype), strict=True):
+        sides.append(datainf.GradientStore(side).save(tmp_path / name, shard_bytes=16 * 66 * dtype.itemsize))
+    whole = datainf.influence(*sides, method=method)
+    least = least_memory(*sides, method)
+    for memory in (least, 2 * least):
+        found = []
+        peak = scaling.peak_bytes(lambda: found.append(datainf.influence(*sides, method=method, memory=memory)))  # noqa: B023
+        assert relative_error(found[0], whole) <= 1e-6
+        assert peak <= memory
+
+
+@pytest.mark.parametrize("method", ["hessian_free", "datainf", "exact"])
+def test_memory_bounds_self_influence(method):
+    train, _ = pair(n=50)
+    memory = 2 * least_memory(Streamed(train), Streamed(train), method)
+    peak = scaling.peak_bytes(lambda: datainf.self_influence(Streamed(train), method=method, memory=memory))
+    assert peak <= memory
+
+
+def test_memory_bounds_a_function_that_is_given_the_whole_layer():
+    train, query = (Streamed(side) for side in pair(n=50, m=20))
+    own = lambda G, V, lam: V / lam  # noqa: E731
+    memory = least_memory(train, query, own)
+    assert scaling.peak_bytes(lambda: datainf.influence(train, query, own, memory=memory)) <= memory
+
+
+def test_memory_is_a_size():
+    train, query = pair()
+    expected = datainf.influence(train, query)
+    for memory in (10**9, 1.5e9, "1GB", "0.5 GiB", "700mb"):
+        torch.testing.assert_close(datainf.influence(train, query, memory=memory), expected)
+    for memory in ("lots", "2", -1, 0, "0GB", "infGB", float("inf"), True):
+        with pytest.raises(InputError, match="memory must be a number of bytes or a size such as"):
+            datainf.influence(train, query, memory=memory)
+
+
+def test_rows_product_shapes():
+    G = gradients(7, 5)
+    rows = Rows.of(G, block_bytes=2 * 5 * 8)
+    assert len(list(rows.blocks())) == 1  # a tensor in memory is one block, which takes no memory
+    rows = Streamed(G=G).rows("G").to(block_bytes=132)
+    assert len(list(rows.blocks())) == 4 and len(list(rows.column_blocks())) == 5
+    assert torch.equal(rows.tensor(), G) and torch.equal(rows.tensor(slice(2, 5)), G[2:5])
+    torch.testing.assert_close(gradients(3, 5, seed=1) @ rows.T, gradients(3, 5, seed=1) @ G.T)
+    torch.testing.assert_close(gradients(3, 7, seed=1) @ rows, gradients(3, 7, seed=1) @ G)
+    weights = gradients(1, 7, seed=2)[0]
+    for matrix in (G, rows):
+        torch.testing.assert_close(gram(matrix).tril(), (G @ G.T).tril())
+        torch.testing.assert_close(gram(matrix.T).tril(), (G.T @ G).tril())
+        expected = gradients(3, 5, seed=1) @ G.T @ torch.diag(weights) @ G / 7
+        torch.testing.assert_close(second_moment(matrix, gradients(3, 5, seed=1), weights), expected)
+    torch.testing.assert_close(rows @ gradients(3, 5, seed=1).T, G @ gradients(3, 5, seed=1).T)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_permuting_examples_permutes_scores(method):
+    train, query = pair()
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
+    permuted = datainf.influence({name: G[order] for name, G in train.items()}, query, method=method)
+    torch.testing.assert_close(permuted, datainf.influence(train, query, method=method)[:, order])
+
+
+def test_scores_are_linear_in_the_query():
+    train, query = pair()
+    mean = {name: V.mean(dim=0, keepdim=True) for name, V in query.items()}
+    torch.testing.assert_close(
+        datainf.influence(train, mean), datainf.influence(train, query).mean(dim=0, keepdim=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["hessian_free", "datainf", "exact"])
+@pytest.mark.parametrize("memory", [None, 12_000])
+def test_self_influence_is_the_diagonal_and_never_positive(method, memory):
+    train, _ = pair()
+    found = datainf.self_influence(train, method=method, memory=memory)
+    torch.testing.assert_close(found, datainf.influence(train, train, method=method).diagonal())
+    assert (found <= 0).all()
+
+
+def test_a_function_is_a_method():
+    train, query = pair()
+
+    def scaled(G, V, lam, power=1):
+        assert isinstance(G, torch.Tensor)
+        return V / lam**power
+
+    ours = datainf.influence(train, query, method=scaled, power=2)
+    expected = -sum(query[name] @ G.T / layer_damping(G) ** 2 for name, G in train.items())
+    torch.testing.assert_close(ours, expected)
+
+
+def test_options_reach_the_method():
+    train, query = pair()
+    close = datainf.influence(train, query, method="lissa_scaled", iterations=5000)
+    torch.testing.assert_close(close, datainf.influence(train, query, method="exact"), rtol=1e-8, atol=1e-8)
+
+
+def test_half_precision_gradients_are_computed_in_float32():
+    train, query = pair(dtype=torch.bfloat16)
+    scores = datainf.influence(train, query)
+    assert scores.dtype == torch.float32
+    expected = datainf.influence(*({n: G.float() for n, G in side.items()} for side in (train, query)))
+    torch.testing.assert_close(scores, expected)
+
+
+def test_divergence_is_said_aloud():
+    train = {"layer": 1e20 * gradients(5, 8, dtype=torch.float32).clamp(-1, 1)}
+    train["layer"] /= 1e5
+    with pytest.warns(UserWarning, match="lissa diverged in layer 'layer'"):
+        datainf.influence(train, train, method="lissa")
+
+
+def spoil(side, name, row, value):
+    side[name] = side[name].clone()
+    side[name][row, 2] = value
+
+
+BAD_INPUT = {
+    "unknown method": (lambda t, q: {"method": "datainv"}, "choose one of hessian_free, datainf, lissa"),
+    "unknown option": (lambda t, q: {"iterations": 3}, "datainf takes no option 'iterations'"),
+    "damping": (lambda t, q: {"damping": 0.0}, "damping must be positive"),
+    "layer missing from query": (
+        lambda t, q: q.pop("b") is None or {},
+        "layer 'b' is missing from the query",
+    ),
+    "layer missing from train": (
+        lambda t, q: t.pop("c") is None or {},
+        "layer 'c' is missing from the training",
+    ),
+    "other width": (
+        lambda t, q: q.update(b=gradients(4, 6)) or {},
+        "Layer 'b' has shape (9, 5) in train and (4, 6)",
+    ),
+    "no examples": (
+        lambda t, q: t.update({n: G[:0] for n, G in t.items()}) or {},
+        "There are no training examples",
+    ),
+    "no queries": (
+        lambda t, q: q.update({n: G[:0] for n, G in q.items()}) or {},
+        "There are no query examples",
+    ),
+    "ragged": (
+        lambda t, q: t.update(c=t["c"][:5]) or {},
+        "Layer 'c' has 5 training rows where the others have 9",
+    ),
+    "nan in train": (lambda t, q: spoil(t, "b", 6, float("nan")) or {}, "training example 6 in layer 'b'"),
+    "inf in query": (lambda t, q: spoil(q, "c", 1, float("inf")) or {}, "query example 1 in layer 'c'"),
+    "all-zero layer": (lambda t, q: t.update(c=torch.zeros_like(t["c"])) or {}, "layer 'c' is zero"),
+    "no layers": (lambda t, q: (t.clear(), q.clear()) and {}, "There are no layers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named_in_one_sentence(case):
+    change, message = BAD_INPUT[case]
+    train, query = pair()
+    arguments = change(train, query)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        datainf.influence(train, query, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_gpu_equals_cpu(method):
+    train, query = pair()
+    on_gpu = datainf.influence(train, query, method=method, device="cuda")
+    assert on_gpu.device.type == "cuda"
+    assert relative_error(on_gpu.cpu(), datainf.influence(train, query, method=method)) <= 1e-10

@@ -1,0 +1,79 @@
+"""The benchmarks run, in small, and what they compare agrees. (That of a GPU: test_benchmark_gpu.py.)"""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pandas as pd
+import pytest
+import torch
+
+import datainf
+from benchmarks import published
+from benchmarks.common import Stages
+from datainf.models.losses import classification
+from datainf.study.provenance import ROOT
+
+RECORDS = ROOT / "results" / "benchmarks"
+
+
+def run(module: str, *arguments: str, output) -> pd.DataFrame:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--output", str(output)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return pd.read_csv(output)
+
+
+def test_against_the_plain_way(tmp_path):
+    record = run(
+        "benchmark", "--texts", "12", "--n", "60", "--d", "64", "--repeats", "1", output=tmp_path / "record.csv"
+    )
+    assert set(record["benchmark"]) == {"gradients", "datainf", "exact"}
+    assert record["ratio_to_baseline"].gt(0).all() and record["commit"].notna().all()
+
+
+def test_the_papers_sizes(tmp_path):
+    record = run("scale", "--tiny", "--folder", str(tmp_path), output=tmp_path / "record.csv").set_index("benchmark")
+    assert list(record.index) == ["datainf in memory", "datainf from disk", "exact", "gradients for exact"]
+    assert record["seconds"].gt(0).all()
+    assert float(record.loc["datainf from disk", "note"].rpartition(" ")[2]) <= 1e-6
+    assert [path.name for path in tmp_path.iterdir()] == ["record.csv"]  # the stores are gone
+
+
+@pytest.mark.skipif(not find_spec("kronfluence") or not find_spec("dattri"), reason="needs the extra 'peers'")
+def test_side_by_side(tmp_path):
+    record = run("side_by_side", "--n", "24", "--m", "4", "--repeats", "1", output=tmp_path / "record.csv")
+    assert set(record["library"]) == {"training step", "ours", "published way", "kronfluence", "dattri"}
+
+
+@pytest.mark.parametrize("method", ["hessian_free", "datainf"])
+def test_the_published_way_computes_the_same(method, make_model, token_examples, pad_collate):
+    model = make_model("roberta").eval()
+    train, queries = token_examples[:8], token_examples[8:]
+    G, V = (published.gradients(model, examples, pad_collate) for examples in (train, queries))
+    found = published.scores(G, getattr(published, method)(G, V))
+    ours = [
+        datainf.per_sample_gradients(model, part, classification, collate_fn=pad_collate) for part in (train, queries)
+    ]
+    torch.testing.assert_close(found, datainf.influence(*ours, method), rtol=1e-4, atol=1e-6)
+
+
+def test_stages_count_seconds_or_bytes():
+    for count_bytes, expected in ((False, 0), (True, 8000)):
+        stages = Stages(count_bytes)
+        with stages("first"):
+            torch.zeros(1000, dtype=torch.float64)
+        with stages("second"):
+            pass
+        assert list(stages.taken) == ["first", "second"]
+        assert stages.taken["first"] == expected if count_bytes else 0 < stages.taken["first"] < 5
+
+
+def test_tracked_records_meet_their_limits():
+    """Of whatever machine made them last."""
+    scale = pd.read_csv(RECORDS / "scale.csv").set_index("benchmark")
+    assert scale.loc["datainf in memory", "share_of_rate"] >= 0.6
+    assert scale.loc["datainf from disk", "resident_bytes"] <= 2e9
+    assert scale.loc["exact", "seconds"] < scale.loc["gradients for exact", "seconds"]
+    against = pd.read_csv(RECORDS / "benchmark.csv").dropna(subset="limit")
+    assert (against["ratio_to_baseline"] <= against["limit"]).all()

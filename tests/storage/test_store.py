@@ -1,0 +1,261 @@
+"""The store: whole or absent, resumed after a kill, never mistaken for another."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import datainf
+from datainf.attribution.influence import layer_rows
+from datainf.models.losses import classification
+from datainf.storage.shards import Shards
+from datainf.storage.store import GradientStore
+
+
+def example_store(n=10) -> GradientStore:
+    generator = torch.Generator().manual_seed(0)
+    return GradientStore({"a": torch.randn(n, 6, generator=generator), "b": torch.randn(n, 3, generator=generator)})
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 3 * 9 * 4, 2**20])
+def test_saved_and_loaded(tmp_path, shard_bytes):
+    store = example_store()
+    saved = store.save(tmp_path / "store", shard_bytes=shard_bytes)
+    loaded = GradientStore.load(tmp_path / "store")
+    for other in (saved, loaded):
+        assert equal(other, store)
+        assert other.n == 10 and other.dtype == torch.float32 and other.nbytes == store.nbytes
+        assert equal(other.mean(), store.mean())
+        assert torch.equal(other.rows("a").tensor(slice(2, 9)), store["a"][2:9])
+
+
+def test_mean(tmp_path):
+    store = example_store()
+    torch.testing.assert_close(store.mean()["a"], store["a"].mean(dim=0, keepdim=True))
+    assert store.mean().n == 1
+
+
+def test_no_layer_is_read_whole_where_blocks_will_do(tmp_path, monkeypatch):
+    store = example_store().save(tmp_path / "store")
+    monkeypatch.setattr(GradientStore, "__getitem__", lambda self, name: pytest.fail(f"read {name}"))
+    datainf.influence(store, store, memory=4000)
+    assert "a" in store and "c" not in store and store.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("method", datainf.METHODS)
+def test_influence_reads_a_store_on_disk_in_blocks(tmp_path, method):
+    train, query = example_store(), example_store(4)
+    on_disk = train.save(tmp_path / "store", shard_bytes=3 * 9 * 4)
+    expected = datainf.influence(train, query, method=method)
+    found = datainf.influence(on_disk, query, method=method, memory=4000)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no gradient store"):
+        GradientStore.load(tmp_path)
+    with pytest.raises(ValueError, match="same number of rows"):
+        GradientStore({"a": torch.ones(2, 3), "b": torch.ones(3, 3)})
+    store = example_store()
+    store.save(tmp_path / "store", shard_bytes=1)
+    with pytest.raises(FileExistsError, match="already"):
+        store.save(tmp_path / "store")
+    (tmp_path / "store" / "shard-00004.safetensors").write_bytes(b"half a file")
+    with pytest.raises(OSError, match="shard-00004.safetensors cannot be read"):
+        GradientStore.load(tmp_path / "store")
+    (tmp_path / "store" / "shard-00004.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 10 shards are missing"):
+        GradientStore.load(tmp_path / "store")
+    with pytest.raises(KeyError):
+        store["c"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    shards = Shards.create(tmp_path, 4, {"a": 2}, torch.float32)
+
+    def half_write(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datainf.storage.shards.save_file", half_write)
+    with pytest.raises(KeyboardInterrupt):
+        shards.write(0, {"a": torch.ones(4, 2)})
+    assert shards.missing() == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_extraction_resumes_from_whole_shards(tmp_path, make_model, token_examples, pad_collate):
+    model, arguments = make_model("roberta"), {"collate_fn": pad_collate, "batch_size": 4, "shard_examples": 1}
+    whole = datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "whole", **arguments)
+    calls = []
+
+    def dies_at_the_sixth(model, batch):
+        calls.append(len(batch["labels"]))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return classification(model, batch)
+
+    # The store knows the loss by its name; here it is the same loss, interrupted.
+    dies_at_the_sixth.__qualname__ = classification.__qualname__
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        datainf.per_sample_gradients(model, token_examples, dies_at_the_sixth, store=cut, **arguments)
+    assert len(list(cut.glob("shard-*"))) == 5
+    resumed = datainf.per_sample_gradients(model, token_examples, dies_at_the_sixth, store=cut, **arguments)
+    assert len(calls) == 12 + 1
+    assert equal(resumed, whole)
+    datainf.per_sample_gradients(model, token_examples, dies_at_the_sixth, store=cut, **arguments)
+    assert len(calls) == 12 + 1  # complete: nothing is computed again
+
+
+def test_gradients_of_something_else_are_refused(tmp_path, make_model, token_examples, pad_collate):
+    model = make_model("roberta")
+    arguments = {"collate_fn": pad_collate, "store": tmp_path / "store"}
+    datainf.per_sample_gradients(model, token_examples, classification, **arguments)
+    with pytest.raises(ValueError, match="something else \\(differs in: examples\\)"):
+        datainf.per_sample_gradients(model, token_examples[::-1], classification, **arguments)
+    with pytest.raises(ValueError, match="differs in: dtype"):
+        datainf.per_sample_gradients(model, token_examples, classification, dtype=torch.float16, **arguments)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1e-3)
+    with pytest.raises(ValueError, match="differs in: weights"):
+        datainf.per_sample_gradients(model, token_examples, classification, **arguments)
+
+
+def test_layers_named_in_another_order_are_the_same_store(tmp_path, make_model, token_examples, pad_collate):
+    model, options = (
+        make_model("roberta"),
+        {"collate_fn": pad_collate, "shard_examples": 4, "store": tmp_path / "store"},
+    )
+    names = list(datainf.per_sample_gradients(model, token_examples[:1], classification, collate_fn=pad_collate))
+    store = datainf.per_sample_gradients(model, token_examples, classification, layers=names[::-1], **options)
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    again = datainf.per_sample_gradients(model, token_examples, classification, layers=set(names), **options)
+    assert list(again) == list(store) == names
+    for name in names:
+        torch.testing.assert_close(again.rows(name).square_norms, again[name].square().sum(dim=1))
+
+
+def test_a_store_without_shards_is_begun_anew_and_one_with_shards_keeps_their_size(
+    tmp_path, make_model, token_examples, pad_collate, monkeypatch
+):
+    model, options = make_model("roberta"), {"collate_fn": pad_collate, "store": tmp_path / "store"}
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+        with pytest.raises(ValueError, match="keep them in bfloat16"):
+            datainf.per_sample_gradients(model, token_examples, classification, **options)
+    options |= {"dtype": torch.bfloat16}
+    datainf.per_sample_gradients(model, token_examples, classification, shard_examples=5, **options)
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    datainf.per_sample_gradients(model, token_examples, classification, batch_size=2, **options)
+    assert len(list((tmp_path / "store").glob("shard-*"))) == 3
+
+
+def test_a_store_of_another_format_is_refused(tmp_path):
+    example_store().save(tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+    with pytest.raises(ValueError, match=r"is of another version of this package \(format 1, not 3\)"):
+        GradientStore.load(tmp_path / "store")
+
+
+def test_squared_norms_are_kept(tmp_path):
+    store = example_store()
+    loaded = store.save(tmp_path / "store", shard_bytes=3 * 9 * 4)
+    for name in store:
+        torch.testing.assert_close(loaded.rows(name).square_norms, store[name].square().sum(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_squared_norms_are_of_the_gradients_as_stored(tmp_path, dtype):
+    store = GradientStore({name: G.to(dtype) for name, G in example_store().items()})
+    loaded = store.save(tmp_path / "store")
+    torch.testing.assert_close(loaded.rows("a").square_norms, store["a"].float().square().sum(dim=1).to(dtype))
+    in_float32 = layer_rows(loaded, "a").square_norms
+    torch.testing.assert_close(in_float32, store["a"].float().square().sum(dim=1))
+
+
+def test_a_damaged_shard_is_refused(tmp_path, make_model, token_examples, pad_collate):
+    arguments = (make_model("roberta"), token_examples, classification)
+    options = {"collate_fn": pad_collate, "store": tmp_path / "store", "shard_examples": 5}
+    store = datainf.per_sample_gradients(*arguments, **options)
+    store.verify()
+    shard = tmp_path / "store" / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(OSError, match="shard-00001.safetensors is damaged .* delete it and call"):
+        store.verify()
+    with pytest.raises(OSError, match="shard-00001.safetensors is damaged"):
+        datainf.per_sample_gradients(*arguments, **options)
+    shard.unlink()
+    datainf.per_sample_gradients(*arguments, **options).verify()
+
+
+@pytest.mark.parametrize("other", ["order", "model", "layers", "place"])
+def test_a_foreign_shard_is_refused(tmp_path, make_model, token_examples, pad_collate, other):
+    model, options = make_model("roberta"), {"collate_fn": pad_collate, "shard_examples": 4}
+    datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "store", **options)
+    if other == "order":
+        token_examples = token_examples[::-1]
+    if other == "model":
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).add_(1)
+    if other == "layers":
+        options["layers"] = "lora_A"
+    datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "foreign", **options)
+    foreign = tmp_path / "foreign" / f"shard-0000{2 if other == 'place' else 1}.safetensors"
+    os.replace(foreign, tmp_path / "store" / "shard-00001.safetensors")
+    with pytest.raises(OSError, match="shard-00001.safetensors is another shard, or of another store"):
+        GradientStore.load(tmp_path / "store")
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    store = tmp_path / "store"
+    store.mkdir()
+    for process in (dead.pid, os.getpid()):
+        (store / f".shard-00000.safetensors.{process}.part").write_bytes(b"half a shard")
+    Shards.create(store, 4, {"a": 2}, torch.float32)
+    assert [path.name for path in store.glob(".*")] == [f".shard-00000.safetensors.{os.getpid()}.part"]
+
+
+def test_sigkill_costs_at_most_a_shard(tmp_path):
+    """A process writing shards is killed outright; what is left is a prefix of whole shards."""
+    script = tmp_path / "write.py"
+    script.write_text(
+        textwrap.dedent("""
+            import sys, torch
+            from datainf.storage.shards import Shards
+            shards = Shards.create(sys.argv[1], 500, {"a": 1000}, torch.float32, shard_bytes=4000)
+            for index in shards.missing():
+                shards.write(index, {"a": torch.full((1, 1000), float(index))})
+                print(index, flush=True)
+        """)
+    )
+    command = [sys.executable, str(script), str(tmp_path / "store")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip() == "20":
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    missing = Shards.open(tmp_path / "store").missing()
+    assert 0 < len(missing) <= 479
+    subprocess.run(command, check=True, capture_output=True)
+    expected = torch.arange(500.0)[:, None].expand(500, 1000)
+    assert torch.equal(GradientStore.load(tmp_path / "store")["a"], expected)
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["n"] == 500
