@@ -3,7 +3,7 @@
     snakemake --configfile config/demo.yaml --cores 2
 
 A run whose record exists is not done again, unless its parameters, the code cells of its notebook or the package's
-numeric code changed; prose and layout may change freely.
+numeric code changed; prose and layout may change freely. Records go to results/SCALE, whatever results/published holds.
 """
 
 import sys
@@ -11,46 +11,48 @@ from pathlib import Path
 
 import papermill
 import yaml
+from snakemake.utils import update_config
 
+from datainf.errors import InputError
+from datainf.study import sweep
 from datainf.study.provenance import DRAWING, NUMERIC, code_hash
 
+if base := config.get("extends"):  # a configuration that says only what it has otherwise than another one
+    whole = yaml.safe_load(Path("config", f"{base}.yaml").read_text(encoding="utf8"))
+    update_config(whole, config)
+    config = whole
 SCALE = config["scale"]
 PYTHON = sys.executable
 RESULTS = f"results/{SCALE}"
-# Experiment -> its notebook and the section of the configuration that has its parameters and its grid.
-EXPERIMENTS = {
-    "approximation_error": ("notebooks/10_approximation_error.ipynb", "classification"),
-    "mislabeled_detection": ("notebooks/20_mislabeled_detection.ipynb", "classification"),
-    "text_identification": ("notebooks/30_text_identification.ipynb", "text"),
-    "image_identification": ("notebooks/40_image_identification.ipynb", "images"),
-}
-# What a section calls its datasets, which records call dataset.
-DATASET = {"classification": "dataset", "text": "task", "images": "task"}
-# The record of a teaching notebook -> the notebook, and the rooms that its numbers are by besides those of all of them
-# (see lesson_code); the section `lessons` has the parameters of each.
-LESSONS = {
-    "leave_one_out": ("notebooks/00_influence_functions.ipynb", NUMERIC),
-    "theorem1": ("notebooks/01_datainf_derivation.ipynb", NUMERIC),
-    "table1_complexity": ("notebooks/50_complexity.ipynb", ()),
-    "memory_budget": ("notebooks/60_speed_and_scale.ipynb", NUMERIC),
-}
+# The rooms that the numbers of a teaching notebook are by, besides those of all of them (see lesson_code).
+LESSON_ROOMS = {"table1_complexity": ()}
 TIMED = {"table1_complexity", "memory_budget"}  # nothing else runs beside these
 ALL_CORES = workflow.resource_settings.cores or 4  # on a cluster there is no total: what a job of it asks for
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
 
 
-def lesson_code(path, rooms):
+def notebook(name):
+    """The notebook of an experiment or a lesson."""
+    return f"notebooks/{sweep.LESSONS[name] if name in sweep.LESSONS else sweep.EXPERIMENTS[name][0]}.ipynb"
+
+
+def lesson_code(lesson):
     """A hash of all that the numbers of a teaching notebook depend on."""
-    return code_hash(path, ("storage", "attribution", "processes", "scaling", *rooms))
+    rooms = LESSON_ROOMS.get(lesson, NUMERIC)
+    return code_hash(notebook(lesson), ("storage", "attribution", "processes", "scaling", *rooms))
 
 
-def notebook(experiment):
-    return EXPERIMENTS[experiment][0]
+def section_of(experiment):
+    return sweep.EXPERIMENTS[experiment][1]
 
 
 def section(experiment):
-    """parameters, grid and by_dataset (parameters that one dataset has otherwise) of an experiment."""
-    return {"by_dataset": {}} | config[EXPERIMENTS[experiment][1]]
+    """parameters, grid, by_dataset (parameters that one dataset has otherwise) and data (the folder of the datasets) of
+    an experiment; a model or a folder that was given takes the place of the configuration's."""
+    own = {"by_dataset": {}, "data": None} | config[section_of(experiment)]
+    given = sweep.given(section_of(experiment))
+    model = {"model": given["model"]} if "model" in given else {}
+    return own | {"parameters": own["parameters"] | model, "data": given.get("data", own["data"])}
 
 
 def grids(experiment):
@@ -61,8 +63,8 @@ def grids(experiment):
 
 def run_parameters(wildcards):
     """The parameters of one run; a dataset is looked for in the section's folder `data`, where one is given."""
-    own, name = section(wildcards.experiment), DATASET[EXPERIMENTS[wildcards.experiment][1]]
-    dataset = str(Path(own["data"]) / wildcards.dataset) if own.get("data") else wildcards.dataset
+    own, name = section(wildcards.experiment), sweep.DATASET[section_of(wildcards.experiment)]
+    dataset = sweep.dataset_in(own["data"], wildcards.dataset)
     one = {name: dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
     if wildcards.experiment == "image_identification" and wildcards.seed == "0":  # one seed's pictures are kept
         one["figures"] = f"{RESULTS}/figures"
@@ -75,28 +77,31 @@ def refuse_unknown(path, given):
         raise WorkflowError(f"{path} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets.")
 
 
-for experiment in EXPERIMENTS:
-    own = section(experiment)
-    refuse_unknown(notebook(experiment), set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values()))
+try:
+    for experiment in sweep.EXPERIMENTS:
+        own, name = section(experiment), sweep.DATASET[section_of(experiment)]
+        refuse_unknown(
+            notebook(experiment), set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values())
+        )
+        for grid in grids(experiment):
+            for dataset in grid[name]:
+                sweep.dataset_in(own["data"], dataset)
+except InputError as error:
+    raise WorkflowError(str(error)) from None
 lessons = {lesson: given or {} for lesson, given in (config.get("lessons") or {}).items()}
 for lesson, given in lessons.items():
-    if lesson not in LESSONS:
-        raise WorkflowError(f"There is no lesson {lesson!r}, which config/{SCALE}.yaml names: {', '.join(LESSONS)}.")
-    refuse_unknown(LESSONS[lesson][0], given)
+    if lesson not in sweep.LESSONS:
+        raise WorkflowError(f"There is no lesson {lesson!r}, which config/{SCALE}.yaml names: {', '.join(sweep.LESSONS)}.")
+    refuse_unknown(notebook(lesson), given)
 
 RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
 FINAL = RESULTS + "/tables/ours_beside_paper.md"
 # What the kernel prints goes to a file; of a failed run its end, which says what went wrong, is shown.
 PAPERMILL = """
-    mkdir -p $(dirname {log})
-    OMP_NUM_THREADS={threads} {PYTHON} -m papermill {params.notebook} {log} -y '{params.yaml}' --cwd . --no-progress-bar \
-        > {log}.txt 2>&1 || {{ tail -n 3 {log}.txt >&2; exit 1; }}
+    mkdir -p "$(dirname {log:q})"
+    OMP_NUM_THREADS={threads} {PYTHON:q} -m papermill {params.notebook:q} {log:q} -y {params.yaml:q} --cwd . \
+        --no-progress-bar > {log:q}.txt 2>&1 || {{ tail -n 3 {log:q}.txt >&2; exit 1; }}
 """
-
-
-def one_line(parameters):
-    """Parameters as a line of YAML for papermill's -y."""
-    return yaml.safe_dump(parameters, default_flow_style=True, width=10**6).strip()
 
 
 def records(experiments):
@@ -108,7 +113,7 @@ def records(experiments):
         for record in expand(
             RECORD,
             experiment=experiment,
-            dataset=grid[DATASET[EXPERIMENTS[experiment][1]]],
+            dataset=grid[sweep.DATASET[section_of(experiment)]],
             rank=grid["rank"],
             seed=grid["seed"],
         )
@@ -123,10 +128,10 @@ def earlier(wildcards):
 
 
 wildcard_constraints:
-    experiment="|".join(EXPERIMENTS),
+    experiment="|".join(sweep.EXPERIMENTS),
     rank=r"\d+",
     seed=r"\d+",
-    lesson="|".join(LESSONS),
+    lesson="|".join(sweep.LESSONS),
 
 
 localrules:
@@ -134,10 +139,10 @@ localrules:
     figures,
 
 
-# The records too, not only what is drawn of them: figures and tables may be there, tracked, before any run is.
+# The records too, not only what is drawn of them: a record may be out of date while figures and tables are there.
 rule all:
     input:
-        records(EXPERIMENTS),
+        records(sweep.EXPERIMENTS),
         expand(RESULTS + "/runs/{lesson}.csv", lesson=lessons),
         FINAL,
 
@@ -153,22 +158,22 @@ rule run:
     params:
         notebook=lambda wildcards: notebook(wildcards.experiment),
         code=lambda wildcards: code_hash(notebook(wildcards.experiment)),
-        yaml=lambda wildcards, output: one_line(run_parameters(wildcards) | {"output": output[0]}),
+        yaml=lambda wildcards, output: sweep.one_line(run_parameters(wildcards) | {"output": output[0]}),
     shell:
         PAPERMILL
 
 
 rule lesson:
     input:
-        ancient(lambda wildcards: LESSONS[wildcards.lesson][0]),
+        ancient(lambda wildcards: notebook(wildcards.lesson)),
     output:
         RESULTS + "/runs/{lesson}.csv",
     log:
         notebook=RESULTS + "/logs/{lesson}.ipynb",
     params:
-        notebook=lambda wildcards: LESSONS[wildcards.lesson][0],
-        code=lambda wildcards: lesson_code(*LESSONS[wildcards.lesson]),
-        yaml=lambda wildcards: one_line(lessons[wildcards.lesson] | {"folder": RESULTS}),
+        notebook=lambda wildcards: notebook(wildcards.lesson),
+        code=lambda wildcards: lesson_code(wildcards.lesson),
+        yaml=lambda wildcards: sweep.one_line(lessons[wildcards.lesson] | {"folder": RESULTS}),
     threads: lambda wildcards: ALL_CORES if wildcards.lesson in TIMED else 1
     shell:
         PAPERMILL
@@ -176,7 +181,7 @@ rule lesson:
 
 rule figures:
     input:
-        records(EXPERIMENTS),
+        records(sweep.EXPERIMENTS),
         ancient(FIGURES),
     output:
         FINAL,
@@ -185,6 +190,6 @@ rule figures:
     params:
         notebook=FIGURES,
         code=code_hash(FIGURES, DRAWING),
-        yaml=one_line({"scale": SCALE}),
+        yaml=sweep.one_line({"scale": SCALE}),
     shell:
         PAPERMILL

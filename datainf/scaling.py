@@ -1,16 +1,22 @@
 """How a quantity grows: seconds of the clock, bytes of tensors, and the exponent of a power law.
 
-`results.stage` measures what a whole run costs its process. Here the question is how one function's cost grows with
-its input, which wants bytes that are exact down to a vector, and seconds without the noise of the first call.
+How one function's cost grows with its input wants bytes that are exact down to a vector, which torch's allocators
+count (`cost`, `peak_bytes`), and seconds without the noise of the first call. What a whole stage costs its process is
+coarser, and costs nothing to watch (`peak_mib`).
 """
 
+import ctypes
 import gc
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float
 from torch.profiler import ProfilerActivity, profile
@@ -76,6 +82,67 @@ def watched_bytes(device: torch.device | str = "cpu") -> Iterator[list[int]]:
             held += event.nbytes()  # negative where a tensor is freed
             peak = max(peak, held)
     found.append(peak)
+
+
+@contextmanager
+def peak_mib() -> Iterator[Callable[[], float]]:
+    """Yield a function that gives, after the block, the peak memory in MiB beyond what was held before it: of the GPU
+    where there is one, else of the process.
+
+    Of a process, memory that was freed earlier is given back to the system first. Otherwise the block would fill it
+    again, the process would not grow, and the peak would be missed.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        yield lambda: (torch.cuda.max_memory_allocated() - held) / 2**20
+        torch.cuda.synchronize()
+        return
+    _give_back_freed_memory()
+    held = psutil.Process().memory_info().rss
+    with _highest_resident() as highest:
+        yield lambda: max(0, highest() - held) / 2**20
+
+
+def _give_back_freed_memory() -> None:
+    """Let the C library return what was freed but kept for reuse; where it cannot be told to, nothing happens."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def _highest_resident() -> Iterator[Callable[[], int]]:
+    """Yield a function that gives the most bytes that were resident since the block began."""
+    try:
+        # Linux keeps the peak itself, and forgets it when told to: nothing is so short that it is missed.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        with _sampled_resident() as highest:
+            yield highest
+        return
+    yield lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@contextmanager
+def _sampled_resident(interval: float = 0.005) -> Iterator[Callable[[], int]]:
+    """`_highest_resident` where the system does not keep it: looked at every few milliseconds."""
+    process, done = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
+
+    def watch() -> None:
+        while not done.wait(interval):
+            seen[0] = max(seen[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: max(seen[0], process.memory_info().rss)
+    finally:
+        done.set()
+        watcher.join()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Binary GLUE tasks with label noise (paper sections 4.1 and 4.2, D.1)."""
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def load(
         if size is not None and size < 2:
             raise InputError(f"{name} must be at least 2, not {size}.")
 
+    dataset = os.path.expanduser(dataset)
     name = Path(dataset).name
     sizes = PAPER_SIZES.get(name, (None, None))
     n_train, n_validation = n_train or sizes[0], n_validation or sizes[1]

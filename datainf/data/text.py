@@ -1,5 +1,6 @@
 """Text generation tasks of ten classes: sentence transformations and math word problems (paper section 4.3, D.2.1)."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,8 @@ def same_answer(response: str, true_response: str) -> bool:
 
 def _read(task: str) -> dict[str, Dataset]:
     """The splits train and test of a dataset in a folder or on the hub."""
-    if task.startswith((".", "/", "~")) and not Path(task).is_dir():
+    task = os.path.expanduser(task)
+    if task.startswith((".", os.sep, "~")) and not Path(task).is_dir():
         raise InputError(
             f"There is no folder {task}: give a folder with train.jsonl and test.jsonl, a dataset of the hub, or a "
             f"built-in task ({', '.join(TASKS)})."

@@ -1,5 +1,6 @@
 """How far generated pictures are from real ones: the Fréchet distance between their features (paper Table 4)."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,7 @@ def _inception(weights: str) -> FrechetInceptionDistance:
     """FID's own network."""
     if find_spec("torch_fidelity") is None:
         raise InputError("FID's Inception network needs torch-fidelity: pip install 'datainf-study[fid]'.")
+    weights = os.path.expanduser(weights)
     if weights != "download" and not Path(weights).is_file():
         raise InputError(f'There is no file {weights}: give the weights of FID\'s Inception network, or "download".')
     return FrechetInceptionDistance(feature_extractor_weights_path=None if weights == "download" else weights)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -86,8 +87,8 @@ def from_pretrained(loader: Any, base: str, **options) -> Any:
     Raises:
         InputError: there is nothing of that kind.
     """
-    source = str(demo.BASES.get(base, base))
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+    source = os.path.expanduser(demo.BASES.get(base, base))
+    if source.startswith((".", os.sep, "~")) and not Path(source).is_dir():
         raise InputError(f"There is no folder {base}: give a model's folder, a hub id or {', '.join(demo.BASES)}.")
     try:
         return loader.from_pretrained(source, **options)
@@ -129,7 +130,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     Raises:
         InputError: there is no adapter, or it was made for another base.
     """
-    folder = str(folder)
+    folder = os.path.expanduser(folder)
     try:
         PeftConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -197,7 +198,7 @@ def fine_tune(
         InputError: the base has no such modules, or `folder` was made from another base, other data or by another
             recipe.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     model = load()
     revision = revision or weights_revision(model)
     folder.mkdir(parents=True, exist_ok=True)

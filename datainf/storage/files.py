@@ -8,6 +8,12 @@ from pathlib import Path
 import psutil
 
 
+def place(path: str | Path) -> Path:
+    """A path as it was meant when it was given: ``~`` is the home folder, and a later change of the working directory
+    does not move it."""
+    return Path(path).expanduser().absolute()
+
+
 def fill_whole(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a file in a folder beside `path`, flush it to the disk, then give it its name in one step.
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from datainf.storage.files import fill_whole, remove_stale, write_whole
+from datainf.storage.files import fill_whole, place, remove_stale, write_whole
 from datainf.storage.rows import PART, slices
 
 MANIFEST = "manifest.json"
@@ -49,13 +49,14 @@ class Shards:
         Raises:
             ValueError: it is of another version of the format.
         """
-        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf8"))
+        folder = place(folder)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
         if manifest.get("format") != FORMAT:
             raise ValueError(
                 f"The gradient store in {folder} is of another version of this package (format "
                 f"{manifest.get('format')}, not {FORMAT}): delete it and call per_sample_gradients again."
             )
-        return cls(Path(folder), manifest)
+        return cls(folder, manifest)
 
     @classmethod
     def create(
@@ -79,7 +80,7 @@ class Shards:
         Raises:
             ValueError: `folder` holds gradients of something else; the message says what differs.
         """
-        folder = Path(folder)
+        folder = place(folder)
         row_bytes = max(1, sum(widths.values()) * dtype.itemsize)
         manifest = {
             "format": FORMAT,

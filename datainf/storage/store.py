@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from datainf.storage.files import place
 from datainf.storage.rows import Rows
 from datainf.storage.shards import MANIFEST, SHARD_BYTES, Shards
 
@@ -36,7 +37,7 @@ class GradientStore(Mapping[str, Tensor]):
             FileNotFoundError: there is no store in `folder`, or shards are missing (an extraction was cut short).
             OSError: a shard cannot be read or is of another store. (`verify` looks at every byte.)
         """
-        folder = Path(folder)
+        folder = place(folder)
         if not (folder / MANIFEST).is_file():
             raise FileNotFoundError(f"There is no gradient store in {folder}: it holds no {MANIFEST}.")
         shards = Shards.open(folder)
@@ -58,7 +59,7 @@ class GradientStore(Mapping[str, Tensor]):
         Raises:
             FileExistsError: `folder` holds a store already.
         """
-        if (Path(folder) / MANIFEST).exists() and not Shards.open(folder).missing():
+        if (place(folder) / MANIFEST).exists() and not Shards.open(folder).missing():
             raise FileExistsError(f"{folder} holds a gradient store already: choose another folder or delete it.")
         shards = Shards.create(folder, self.n, self._widths, self.dtype, shard_bytes=shard_bytes)
         for index in shards.missing():

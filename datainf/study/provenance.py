@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from functools import cache
 from importlib.metadata import version
@@ -17,14 +18,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def provenance() -> dict[str, str]:
     """Commit, package versions and device, as columns of a result row."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     return {
         "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+@cache
+def processor() -> str:
+    """The CPU's type, and the instructions that torch uses on it, by which the rounding of its results differs."""
+    try:  # Linux; `platform` knows no more than the architecture there
+        described = Path("/proc/cpuinfo").read_text(encoding="utf8")
+    except OSError:
+        described = ""
+    facts = dict(re.findall(r"^(model name|cpu family|model|stepping)\s*: (.*)$", described, re.MULTILINE))
+    name = facts.get("model name") or platform.processor() or "CPU"
+    numbers = [
+        f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts
+    ]
+    return f"{name} ({', '.join([platform.machine(), *numbers, torch.backends.cpu.get_cpu_capability()])})"
+
+
+def rooted(path: str | Path) -> Path:
+    """A path that a parameter gives: ``~`` is the home folder, and a relative one is of the repository."""
+    return ROOT / Path(path).expanduser()
 
 
 @cache

@@ -5,7 +5,6 @@ The columns are described in ``results/README.md``.
 
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import joblib
 import pandas as pd
-import psutil
-import torch
 from matplotlib.figure import Figure
 
+from datainf import scaling
 from datainf.errors import InputError
 from datainf.storage.files import write_whole
-from datainf.study.provenance import FINE_TUNING, code_hash, provenance
+from datainf.study import sweep
+from datainf.study.provenance import FINE_TUNING, code_hash, provenance, rooted
 
 # What every record says of its run, in the order of the columns; more that identifies it, and metrics, follow.
 RUN_COLUMNS = [
@@ -64,7 +63,7 @@ def stage(name: str, folder: str | Path | None = None) -> Iterator[Stage]:
         write_whole(record, json.dumps(asdict(measured)))  # found again if this call is killed
     before = time.perf_counter()
     try:
-        with _peak_memory() as peak:
+        with scaling.peak_mib() as peak:
             yield measured
     except Exception:
         if record is not None and kept is None:
@@ -75,33 +74,6 @@ def stage(name: str, folder: str | Path | None = None) -> Iterator[Stage]:
         vars(measured).update(kept)
     elif record is not None:
         write_whole(record, json.dumps(asdict(measured)))
-
-
-@contextmanager
-def _peak_memory(interval: float = 0.005) -> Iterator:
-    """Yield a function that gives, after the body, the peak memory in MiB beyond what was held before it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        yield lambda: (torch.cuda.max_memory_allocated() - held) / 2**20
-        torch.cuda.synchronize()
-        return
-    process, done = psutil.Process(), threading.Event()
-    held = highest = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(interval):
-            highest = max(highest, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield lambda: (max(highest, process.memory_info().rss) - held) / 2**20
-    finally:
-        done.set()
-        watcher.join()
 
 
 def run_folder(cache: str | Path, **key) -> Path:
@@ -118,7 +90,7 @@ def run_folder(cache: str | Path, **key) -> Path:
     digest = joblib.hash(
         [sorted((name, str(value)) for name, value in key.items()), code_hash(rooms=FINE_TUNING), libraries]
     )
-    return Path(cache) / re.sub(r"[^\w.=-]", "-", "-".join([*readable, digest[:10]]))
+    return rooted(cache) / re.sub(r"[^\w.=-]", "-", "-".join([*readable, digest[:10]]))
 
 
 def save_run(path: str | Path, rows: pd.DataFrame, **facts) -> pd.DataFrame:
@@ -133,25 +105,27 @@ def save_run(path: str | Path, rows: pd.DataFrame, **facts) -> pd.DataFrame:
     return _save(path, record[[*RUN_COLUMNS, *(column for column in record if column not in RUN_COLUMNS)]])
 
 
-def save_lesson(folder: str | Path, name: str, rows: pd.DataFrame, **facts) -> None:
+def save_lesson(folder: str | Path, name: str, rows: pd.DataFrame, run: Mapping[str, object], **facts) -> None:
     """Write what a teaching notebook measured to `folder`/tables/NAME.csv, and to runs/NAME.csv, its record.
 
-    The record is written last: where it is, the notebook is done.
+    The record is written last: where it is, the notebook is done. `run` are the notebook's parameters.
     """
+    record = rows.assign(**facts, command=sweep.command(sweep.LESSONS[name], run), **provenance())
     for place in ("tables", "runs"):
-        _save(Path(folder) / place / f"{name}.csv", rows.assign(**facts, **provenance()))
+        _save(Path(folder) / place / f"{name}.csv", record)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
     """Write a figure to `folder`/figures/NAME.png."""
-    path = Path(folder) / "figures" / f"{name}.png"
+    path = rooted(folder) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def _save(path: str | Path, record: pd.DataFrame) -> pd.DataFrame:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(path), record.to_csv(index=False, float_format="%.6g"))
+    path = rooted(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, record.to_csv(index=False, float_format="%.6g"))
     return record
 
 
@@ -161,7 +135,7 @@ def load_runs(folder: str | Path, experiment: str) -> pd.DataFrame:
     Raises:
         InputError: there are none.
     """
-    files = sorted(Path(folder).glob(f"{experiment}-*.csv"))
+    files = sorted(rooted(folder).glob(f"{experiment}-*.csv"))
     if not files:
         raise InputError(f"{folder} holds no records of {experiment}: run the sweep first (make reproduce).")
     return pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
@@ -213,4 +187,5 @@ def run_facts(run: Mapping[str, object], experiment: str, *, task, tuned, n_laye
         "model_revision": tuned.revision,
         "data_revision": task.revision,
         **more,
+        "command": sweep.command(sweep.EXPERIMENTS[experiment][0], run),
     }
