@@ -10,10 +10,9 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
-           --config scale=$(SCALE) $(if $(MODEL),'classification={parameters: {model: "$(MODEL)"}}') \
-           $(if $(DATA),'classification={data: "$(DATA)"}') $(if $(TEXT_MODEL),'text={parameters: {model: "$(TEXT_MODEL)"}}') \
-           $(if $(IMAGE_MODEL),'images={parameters: {model: "$(IMAGE_MODEL)"}}') $(if $(IMAGES),'images={data: "$(IMAGES)"}') \
            --rerun-incomplete --keep-going --nolock --quiet rules host reason
+# Folders that stand in for hub ids. The Snakefile finds them in the environment, where they are as they were written.
+export MODEL DATA TEXT_MODEL IMAGE_MODEL IMAGES
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compiled modules are kept whatever the shell says: the many short runs of a sweep all import the same libraries, which
 # takes three times as long when they are compiled anew.
