@@ -1,8 +1,11 @@
 # The DataInf study: each target makes the environment it needs (.venv, from requirements.lock) and says what it does.
-#   make reproduce                 every figure and table at demo scale, into results/demo/
+#   make reproduce                 every figure and table at demo scale, into results/demo/, and a verdict on them
 #   make reproduce SCALE=laptop    real small models and data (offline, give folders: MODEL=, DATA=, TEXT_MODEL=,
 #                                  IMAGE_MODEL=, IMAGES=)
 #   make reproduce SCALE=paper     the paper's scale, on a GPU; on a Slurm cluster with PROFILE=config/slurm
+#   make verify SCALE=demo         the verdict again: are results/demo/ what results/published/demo/ are?
+#   make replay RECORD=path        one published run again, compared with its record
+#   make publish SCALE=demo        results/demo/ become the published ones (for those who maintain the study)
 
 SCALE   ?= demo
 CORES   ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -12,13 +15,13 @@ BIN     := $(VENV)/bin
 SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
            --rerun-incomplete --keep-going --nolock --quiet rules host reason
 # Folders that stand in for hub ids. The Snakefile finds them in the environment, where they are as they were written.
-export MODEL DATA TEXT_MODEL IMAGE_MODEL IMAGES
+export MODEL DATA TEXT_MODEL IMAGE_MODEL IMAGES RECORD
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compiled modules are kept whatever the shell says: the many short runs of a sweep all import the same libraries, which
 # takes three times as long when they are compiled anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help reproduce test lab notebooks clean
+.PHONY: help reproduce verify replay publish test lab notebooks clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: make test, make lab, make notebooks, make clean"
@@ -28,6 +31,20 @@ reproduce: $(VENV)/installed
 	@echo "Running the $(SCALE) sweep on $(CORES) cores; what is complete is not run again."
 	@$(SWEEP)
 	@echo "Done. Figures: results/$(SCALE)/figures/  tables: results/$(SCALE)/tables/  runs: results/$(SCALE)/runs/"
+	@$(BIN)/python -m datainf.study.verdict $(SCALE) || true
+
+verify: $(VENV)/installed
+	@echo "Comparing results/$(SCALE)/ with results/published/$(SCALE)/."
+	@$(BIN)/python -m datainf.study.verdict $(SCALE)
+
+replay: $(VENV)/installed
+	@test -n "$$RECORD" || { echo "Name a record: make replay RECORD=results/published/demo/runs/..." >&2; exit 1; }
+	@echo "Repeating the run of $$RECORD into results/replayed/."
+	@$(BIN)/python -m datainf.study.replay "$$RECORD"
+
+publish: $(VENV)/installed
+	@echo "Copying results/$(SCALE)/ to results/published/$(SCALE)/."
+	@$(BIN)/python -m datainf.study.publish $(SCALE)
 
 test: $(VENV)/installed
 	@echo "Running the tests."
@@ -44,8 +61,8 @@ notebooks: $(VENV)/installed
 	    --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean:
-	@echo "Removing the environment, caches and the demo's runs; tracked results stay."
-	@rm -rf $(VENV) cache .snakemake .pytest_cache .ruff_cache results/*/logs results/demo/runs
+	@echo "Removing the environment, caches and results/$(SCALE)/; what is published stays."
+	@rm -rf $(VENV) cache .pytest_cache .ruff_cache .import_linter_cache results/$(filter-out published benchmarks,$(SCALE))/*
 
 # --no-compile: what is imported is compiled then, the rest never; it halves the time of the installation.
 $(VENV)/installed: requirements.lock pyproject.toml

@@ -158,7 +158,8 @@ rule run:
     params:
         notebook=lambda wildcards: notebook(wildcards.experiment),
         code=lambda wildcards: code_hash(notebook(wildcards.experiment)),
-        yaml=lambda wildcards, output: sweep.one_line(run_parameters(wildcards) | {"output": output[0]}),
+        # Of the wildcards alone: Snakemake compares no parameter with the one of before that is derived from the output.
+        yaml=lambda wildcards: sweep.one_line(run_parameters(wildcards) | {"output": RECORD.format(**wildcards)}),
     shell:
         PAPERMILL
 
@@ -190,6 +191,6 @@ rule figures:
     params:
         notebook=FIGURES,
         code=code_hash(FIGURES, DRAWING),
-        yaml=sweep.one_line({"scale": SCALE}),
+        yaml=sweep.one_line({"folder": RESULTS, "save": True}),
     shell:
         PAPERMILL

@@ -1,9 +1,6 @@
 """Every notebook, executed by papermill at its smallest scale, and the refusals a user meets there."""
 
 import json
-import re
-import subprocess
-import sys
 
 import nbformat
 import pandas as pd
@@ -36,7 +33,7 @@ def sweep(tmp_path_factory, diffusion_base):
     given = {**SMALLEST_IMAGES, "model": diffusion_base, "cache": str(folder / "cache"), "output": str(output)}
     figures = str(folder / "results" / "tiny" / "figures")
     execute("40_image_identification", folder, **given, inference_steps=2, stability=1, figures=figures)
-    execute("90_figures_and_tables", folder, scale="tiny", folder=str(folder / "results"))
+    execute("90_figures_and_tables", folder, folder=str(folder / "results" / "tiny"), save=True)
     return folder
 
 
@@ -148,39 +145,3 @@ def test_committed_notebooks_are_executed_top_to_bottom(path):
     assert any("parameters" in cell.metadata.get("tags", []) for cell in code)
     assert any("image/png" in o.get("data", {}) for cell in code for o in cell.outputs)
     assert str(ROOT) not in json.dumps(notebook)
-
-
-def snakemake(*arguments, config="config/demo.yaml"):
-    command = [sys.executable, "-m", "snakemake", "--configfile", config, "--cores", "1", "-n", "--nolock", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("scale", ["demo", "laptop", "paper"])
-def test_the_sweep_plans_every_run_of_a_scale(scale):
-    planned = snakemake("--forceall", config=f"config/{scale}.yaml")
-    assert planned.returncode == 0, planned.stderr
-    classification = {"demo": 2 * 2 * 3, "laptop": 4 * 4 * 3, "paper": 4 * 4 * 20}[scale]
-    text = {"demo": 3 * 3, "laptop": 3, "paper": 3}[scale]
-    images = {"demo": 2 * 3, "laptop": 2, "paper": 2}[scale]
-    assert re.search(rf"^run\s+{2 * classification + text + images}$", planned.stdout + planned.stderr, re.MULTILINE)
-
-
-def test_the_sweep_refuses_a_parameter_that_no_notebook_has():
-    planned = snakemake("--config", "classification={parameters: {learning_rat: 0.1}}")
-    assert planned.returncode != 0
-    assert "has no parameter 'learning_rat'" in planned.stdout + planned.stderr
-
-
-def test_the_sweep_finds_data_and_models_in_folders():
-    """What the Makefile's MODEL, DATA, TEXT_MODEL, IMAGE_MODEL and IMAGES hand on."""
-    given = (
-        'classification={parameters: {model: "some/base"}}',
-        'classification={data: "some/glue"}',
-        'text={parameters: {model: "a llama"}}',
-        'images={parameters: {model: "a/pipeline"}}',
-        'images={data: "some/pictures"}',
-    )
-    planned = snakemake("--config", *given, "--printshellcmds", "--forceall").stdout
-    assert "dataset: some/glue/demo-reviews" in planned and "model: some/base, n_train: 400" in planned
-    assert "model: a/pipeline" in planned and "task: some/pictures/demo-style" in planned
-    assert "model: a llama, n_test: 10" in planned and "task: sentence_transformations" in planned

@@ -1,0 +1,153 @@
+"""The sweep: it plans every run, hands values on as they were written, and sees when something else is asked for."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from running import execute
+
+from datainf.errors import InputError
+from datainf.study import publish, replay, sweep
+from datainf.study.provenance import ROOT
+
+VARIABLES = {name: "" for names in sweep.GIVEN.values() for name in names if name}
+
+
+def snakemake(*arguments: str, config: str, cwd: Path = ROOT, **variables: str) -> tuple[int, str]:
+    """Exit status and all that is printed."""
+    command = [sys.executable, "-m", "snakemake", *arguments, "--configfile", f"config/{config}.yaml", "--cores", "1"]
+    environment = os.environ | VARIABLES | variables
+    done = subprocess.run([*command, "--nolock"], cwd=cwd, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def runs(config: str) -> int:
+    """How many runs of experiments a configuration asks for, counted from its grids."""
+    whole = yaml.safe_load((ROOT / "config" / f"{config}.yaml").read_text(encoding="utf8"))
+    if "extends" in whole:
+        whole = yaml.safe_load((ROOT / "config" / f"{whole['extends']}.yaml").read_text(encoding="utf8")) | whole
+    total = 0
+    for _, section in sweep.EXPERIMENTS.values():
+        grids = whole[section]["grid"]
+        for grid in grids if isinstance(grids, list) else [grids]:
+            count = 1
+            for values in grid.values():
+                count *= len(values)
+            total += count
+    return total
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A copy of the study in a folder whose name a shell would take apart; what is published is in it."""
+    folder = tmp_path_factory.mktemp("copies") / "it's my $tudy"
+    without = shutil.ignore_patterns("__pycache__", ".snakemake", "*.egg-info")
+    for name in ("datainf", "notebooks", "config", "results/published"):
+        shutil.copytree(ROOT / name, folder / name, ignore=without)
+    for name in ("Snakefile", "results/paper_reported.csv"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("scale", ["demo", "laptop", "laptop-sd", "paper"])
+def test_the_sweep_plans_every_run_of_a_scale_whatever_is_published(scale, study):
+    status, printed = snakemake("-n", config=scale, cwd=study)
+    assert status == 0, printed
+    assert re.search(rf"^run\s+{runs(scale)}$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        ("DATA", "There is no folder ./nowhere, which DATA names: give the datasets' folder."),
+        ("MODEL", "There is no folder ./nowhere, which MODEL names: give the folder of a model."),
+    ],
+)
+def test_a_folder_that_is_not_there_is_refused_before_anything_runs(variable, sentence):
+    status, printed = snakemake("-n", config="laptop", **{variable: "./nowhere"})
+    assert status != 0 and sentence in printed and "Traceback" not in printed
+
+
+def test_a_folder_without_the_dataset_is_refused_before_anything_runs(tmp_path):
+    status, printed = snakemake("-n", config="laptop", DATA=str(tmp_path))
+    assert status != 0 and f"The folder {tmp_path} holds no dataset mrpc" in printed
+
+
+def test_the_sweep_refuses_a_parameter_that_no_notebook_has(study):
+    config = yaml.safe_load((study / "config" / "demo.yaml").read_text(encoding="utf8"))
+    config["classification"]["parameters"]["learning_rat"] = 0.1
+    (study / "config" / "misspelt.yaml").write_text(yaml.safe_dump(config), encoding="utf8")
+    status, printed = snakemake("-n", config="misspelt", cwd=study)
+    assert status != 0 and "has no parameter 'learning_rat'" in printed
+
+
+def test_values_reach_the_notebook_as_they_were_written_and_another_model_is_not_taken_for_this_one(study):
+    """In a folder with a space, a quote and a dollar; by a model in another such folder."""
+    model = study.parent / 'no: "1e-3" it\'s'
+    shutil.copytree(study / "datainf" / "demo" / "base", model)
+    small = {"n_train": 20, "n_validation": 10, "epochs": 1, "layers": "", "methods": ["hessian_free"]}
+    config = yaml.safe_load((study / "config" / "demo.yaml").read_text(encoding="utf8")) | {"scale": "tiny"}
+    config["classification"]["parameters"] = {"model": "demo-roberta"} | small
+    (study / "config" / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf8")
+    target = "results/tiny/runs/approximation_error-demo-reviews-r1-s0.csv"
+
+    status, printed = snakemake(target, config="tiny", cwd=study, MODEL=str(model))
+    assert status == 0, printed
+    executed = study / "results" / "tiny" / "logs" / "approximation_error-demo-reviews-r1-s0.ipynb"
+    given = papermill.inspect_notebook(str(executed))  # of the parameters cell; what was injected is in the metadata
+    injected = nbformat.read(executed, 4).metadata.papermill.parameters
+    assert {name: injected[name] for name in small} == small and injected["model"] == str(model)
+    assert set(injected) <= given.keys()
+
+    done = {"config": "tiny", "cwd": study}
+    assert "Nothing to be done" in snakemake(target, "-n", **done, MODEL=str(model))[1]
+    assert re.search(r"^run\s+1$", snakemake(target, "-n", **done)[1], re.MULTILINE)
+    other = study.parent / "other" / model.name
+    shutil.copytree(model, other)
+    assert re.search(r"^run\s+1$", snakemake(target, "-n", **done, MODEL=str(other))[1], re.MULTILINE)
+
+
+def test_a_record_repeats_its_run(tmp_path, monkeypatch):
+    record = tmp_path / "runs" / "approximation_error-demo-reviews-r2-s0.csv"
+    small = {"n_train": 40, "n_validation": 20, "epochs": 1, "rank": 2, "methods": ["hessian_free", "datainf"]}
+    base = tmp_path / "a base"
+    shutil.copytree(ROOT / "datainf" / "demo" / "base", base)
+    cache = {"cache": str(tmp_path / "cache")}
+    execute("10_approximation_error", tmp_path, **small, **cache, model=str(base), output=str(record))
+    assert str(tmp_path) not in record.read_text(encoding="utf8")
+    monkeypatch.setenv("MODEL", str(base))
+    again, executed = replay.replay(record, tmp_path / "replayed")
+    assert executed.is_file() and replay.differences(record, again).empty
+    other = record.with_name("other.csv")
+    other.write_text(record.read_text(encoding="utf8").replace(",0.", ",0.9"), encoding="utf8")
+    assert len(replay.differences(other, again))
+
+
+def test_a_published_notebook_names_no_folder_of_the_machine(tmp_path):
+    execute("00_influence_functions", tmp_path, n_train=100, folder=str(tmp_path / "it's here"))
+    shown = publish.shown(nbformat.read(tmp_path / "00_influence_functions.ipynb", 4))
+    text = "\n".join(cell.source + str(cell.get("outputs")) for cell in shown.cells)
+    assert str(tmp_path) not in text and 'folder = "it\'s here"' in text
+    assert "papermill" not in shown.metadata and str(ROOT) not in text
+
+
+def test_only_finished_sweeps_of_committed_code_are_published(tmp_path):
+    with pytest.raises(InputError, match="holds no finished sweep"):
+        publish.publish(tmp_path / "demo", tmp_path / "published", [])
+    for part in publish.PARTS:
+        (tmp_path / "demo" / part).mkdir(parents=True)
+    (tmp_path / "demo" / "tables" / "ours_beside_paper.md").touch()
+    record = tmp_path / "demo" / "runs" / "a.csv"
+    record.write_text("method,commit\nexact,0123456789ab+changes\n")
+    with pytest.raises(InputError, match="code that is not committed"):
+        publish.publish(tmp_path / "demo", tmp_path / "published", [])
+    record.write_text("method,commit\nexact,0123456789ab\n")
+    publish.publish(tmp_path / "demo", tmp_path / "published", [])
+    assert (tmp_path / "published" / "runs" / "a.csv").is_file()

@@ -1,0 +1,125 @@
+"""The verdict: equality on one machine, tolerances elsewhere, and nothing left out in silence."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_up import identification, pictures, records
+from scipy import stats
+
+from datainf.errors import InputError
+from datainf.study import results, verdict
+from datainf.study.provenance import ROOT
+
+REPORTED = results.paper_reported(ROOT / "results")
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder of made-up records, one file for each seed, all of one machine."""
+    write(tmp_path / "published", "one machine")
+    return tmp_path / "published"
+
+
+def write(folder, device, change=lambda frame: frame):
+    """Records of all experiments and of a lesson, whose `change` is made before they are written."""
+    generator = np.random.default_rng(0)
+    made = {
+        "approximation_error": records("approximation_error"),
+        "mislabeled_detection": records("mislabeled_detection"),
+        "text_identification": identification(),
+        "image_identification": pictures(),
+        "leave_one_out": pd.DataFrame({"method": ["exact", "datainf"], "pearson": [0.9, 0.8], "spearman": 0.7}),
+    }
+    for name, frame in made.items():
+        noise = {
+            metric: frame[metric] + generator.normal(0, 0.01, len(frame))
+            for metric in ("auc", "pearson")
+            if metric in frame
+        }
+        frame = change(frame.assign(**noise, device=device, commit="0123456789ab", seconds_ihvp=generator.random()))
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        frame.to_csv(folder / "runs" / (f"{name}.csv" if name == "leave_one_out" else f"{name}-all.csv"), index=False)
+    return folder
+
+
+def shifted(by, where=lambda frame: frame.index >= 0):
+    """Adds `by` to the AUCs and correlations."""
+
+    def change(frame):
+        frame = frame.copy()
+        for metric in {"auc", "pearson"} & set(frame.columns):
+            frame.loc[where(frame), metric] += by
+        return frame
+
+    return change
+
+
+def test_the_same_numbers_are_equal_whatever_took_how_long(published):
+    found = verdict.verdict(published, published, REPORTED)
+    assert found.holds and set(found.numbers["status"]) == set(found.claims["status"]) == {"equal"}
+    assert "all published numbers and claims are equal" in found.summary()
+    assert len(found.numbers[found.numbers["metric"].str.startswith("seconds")]) == 0
+
+
+def test_on_one_machine_any_difference_is_outside(published, tmp_path):
+    ours = write(tmp_path / "ours", "one machine", shifted(1e-6, lambda frame: frame["method"] == "exact"))
+    found = verdict.verdict(published, ours, REPORTED)
+    assert not found.holds and "NOT reproduced" in found.summary()
+    outside = found.numbers[found.numbers["status"] == "OUTSIDE"]
+    assert set(outside["method"].dropna()) == {"exact"} and (outside["tolerance"] == 0).all()
+    assert "exact" in found.to_markdown("demo").split("## Claims")[0]
+
+
+def test_elsewhere_the_seeds_say_how_far_a_mean_may_move(published, tmp_path):
+    near = verdict.verdict(published, write(tmp_path / "near", "another", shifted(0.004)), REPORTED)
+    assert near.holds and {"within"} <= set(near.numbers["status"]) <= {"within", "equal", "not judged"}
+    far = verdict.verdict(published, write(tmp_path / "far", "another", shifted(0.2)), REPORTED)
+    assert not far.holds
+    # By hand: one method's AUC over two datasets, two ranks and three seeds.
+    auc = pd.read_csv(published / "runs" / "mislabeled_detection-all.csv").query("method == 'exact'")
+    variance = auc.groupby(["dataset", "rank"])["auc"].var()
+    tolerance = stats.t.ppf(0.995, 4 * 2) * (variance.mean() * 2 / 3) ** 0.5
+    cell = near.numbers.query("experiment == 'mislabeled_detection' and method == 'exact' and metric == 'auc'")
+    np.testing.assert_allclose(cell["tolerance"], tolerance)
+    np.testing.assert_allclose(cell["difference"], 0.004)
+
+
+def test_what_has_one_seed_is_not_judged_elsewhere(published, tmp_path):
+    ours = write(tmp_path / "ours", "another", shifted(0.001))
+    found = verdict.verdict(published, ours, REPORTED).numbers
+    lesson = found[found["experiment"] == "leave_one_out"]
+    assert dict(lesson.set_index(["row", "metric"])["status"]) == {
+        ("exact", "pearson"): "not judged",
+        ("datainf", "pearson"): "not judged",
+        ("exact", "spearman"): "equal",
+        ("datainf", "spearman"): "equal",
+    }
+
+
+def test_what_was_not_run_or_diverged_is_said(published, tmp_path):
+    without = write(tmp_path / "ours", "one machine", lambda frame: frame[frame["method"] != "exact"])
+    found = verdict.verdict(published, without, REPORTED)
+    assert set(found.numbers.query("method == 'exact' or row == 'exact'")["status"]) == {"not run"} and not found.holds
+    assert set(found.claims["status"]) == {"not run"}  # several are of Exact
+    diverged = write(tmp_path / "diverged", "one machine", shifted(np.nan, lambda frame: frame["method"] == "lissa"))
+    found = verdict.verdict(published, diverged, REPORTED).numbers
+    assert set(found.query("method == 'lissa' and metric == 'pearson'")["status"]) == {"OUTSIDE"}
+    (diverged / "runs" / "text_identification-all.csv").unlink()
+    found = verdict.verdict(published, diverged, REPORTED)
+    assert set(found.claims["status"]) == {"not run"}
+    with pytest.raises(InputError, match="There are no records in"):
+        verdict.verdict(published, tmp_path / "nowhere", REPORTED)
+
+
+def test_a_claim_may_move_as_far_as_leaving_out_a_seed_says():
+    jackknife = ["12 of 16", "10 of 16", "14 of 16"]
+    error = ((2 / 3) * 8) ** 0.5  # the jackknife's, by hand
+    assert verdict._compared("12 of 16", "12 of 16", jackknife, same=True)["status"] == "equal"
+    moved = verdict._compared("12 of 16", "13 of 16", jackknife, same=False)
+    assert moved["status"] == "within" and moved["tolerance"] == pytest.approx(stats.t.ppf(0.995, 2) * error * 2**0.5)
+    assert verdict._compared("12 of 16", "13 of 16", jackknife, same=True)["status"] == "OUTSIDE"
+    steady = ["0.90 (sst2)"] * 3
+    assert verdict._compared("0.90 (sst2)", "0.91 (sst2)", steady, same=False)["status"] == "within"  # the last digit
+    assert verdict._compared("0.90 (sst2)", "0.93 (sst2)", steady, same=False)["status"] == "OUTSIDE"
+    assert verdict._compared("0.90 (sst2)", "0.90 (mrpc)", steady, same=False)["status"] == "OUTSIDE"
+    assert verdict._compared("1 of 2", "2 of 2", [], same=False)["status"] == "not judged"
