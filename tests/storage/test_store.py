@@ -259,3 +259,18 @@ def test_sigkill_costs_at_most_a_shard(tmp_path):
     expected = torch.arange(500.0)[:, None].expand(500, 1000)
     assert torch.equal(GradientStore.load(tmp_path / "store")["a"], expected)
     assert json.loads((tmp_path / "store" / "manifest.json").read_text())["n"] == 500
+
+
+def test_a_store_that_was_opened_by_a_relative_path_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = GradientStore({"layer": torch.randn(4, 3)}).save("gradients")
+    expected = GradientStore.load("gradients")["layer"].clone()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(store["layer"], expected) and store.mean()["layer"].shape == (1, 3)
+
+
+def test_a_store_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    GradientStore({"layer": torch.ones(4, 3)}).save("~/gradients")
+    assert GradientStore.load("~/gradients").folder == tmp_path / "gradients"
