@@ -87,7 +87,7 @@ try:
             for dataset in grid[name]:
                 sweep.dataset_in(own["data"], dataset)
 except InputError as error:
-    raise WorkflowError(str(error)) from None
+    sys.exit(str(error))
 lessons = {lesson: given or {} for lesson, given in (config.get("lessons") or {}).items()}
 for lesson, given in lessons.items():
     if lesson not in sweep.LESSONS:

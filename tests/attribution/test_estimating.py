@@ -1,13 +1,12 @@
 """What is said of bytes and seconds beforehand, beside what they turn out to be."""
 
-import time
-
 import pytest
 import torch
 
 import datainf
-from datainf import progress
+from datainf import scaling
 from datainf.errors import InputError
+from datainf.gradients.layers import trainable_layers
 from datainf.models.losses import classification
 
 
@@ -28,16 +27,16 @@ def test_the_size_of_the_store_is_exact(arguments, dtype, tmp_path):
     assert found.stages["kept_bytes"]["scores"] == 4 * 12 * 120
 
 
-def test_the_seconds_are_of_the_right_order(arguments):
+def test_the_seconds_are_those_of_the_probes_scaled_up(arguments, monkeypatch):
+    def six_seconds(function, **options):
+        function()
+        return 6.0, 0
+
+    monkeypatch.setattr(scaling, "cost", six_seconds)
     found = datainf.estimate(n=120, m=12, **arguments).stages["seconds"]
-    with progress.off():
-        began = time.perf_counter()
-        datainf.per_sample_gradients(
-            arguments["model"], arguments["examples"], classification, collate_fn=arguments["collate_fn"]
-        )
-        taken = time.perf_counter() - began
-    assert taken / 10 < found["training gradients"] < taken * 10
+    assert found["training gradients"] == pytest.approx(120 * 6 / 96)  # three batches of 32 were probed
     assert found["query gradients"] == pytest.approx(found["training gradients"] / 10)
+    assert found["scores"] == pytest.approx(6 * len(trainable_layers(arguments["model"])))  # probed as they are
 
 
 @pytest.mark.parametrize("method", datainf.METHODS)

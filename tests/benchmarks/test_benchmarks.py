@@ -66,7 +66,7 @@ def test_stages_count_seconds_or_bytes():
         with stages("second"):
             pass
         assert list(stages.taken) == ["first", "second"]
-        assert stages.taken["first"] == expected if count_bytes else 0 < stages.taken["first"] < 5
+        assert stages.taken["first"] == expected if count_bytes else stages.taken["first"] > 0
 
 
 def test_tracked_records_meet_their_limits():
