@@ -3,6 +3,7 @@
 #   make reproduce SCALE=laptop    real small models and data (offline, give folders: MODEL=, DATA=, TEXT_MODEL=,
 #                                  IMAGE_MODEL=, IMAGES=)
 #   make reproduce SCALE=paper     the paper's scale, on a GPU; on a Slurm cluster with PROFILE=config/slurm
+#   make plan SCALE=laptop         what would be run, and why; nothing is
 #   make verify SCALE=demo         the verdict again: are results/demo/ what results/published/demo/ are?
 #   make replay RECORD=path        one published run again, compared with its record
 #   make publish SCALE=demo        results/demo/ become the published ones (for those who maintain the study)
@@ -21,10 +22,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # takes three times as long when they are compiled anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help reproduce verify replay publish test lab notebooks clean
+.PHONY: help plan reproduce verify replay publish test lab notebooks clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: make test, make lab, make notebooks, make clean"
+
+plan: $(VENV)/installed
+	@$(SWEEP) --dry-run
 
 # One job on each core: two jobs with two threads each on two cores run many times slower than in turn.
 reproduce: $(VENV)/installed

@@ -63,7 +63,8 @@ def verdict(published: Path, ours: Path, reported: pd.DataFrame) -> "Verdict":
         InputError: nothing is published there, or nothing was run.
     """
     theirs, mine = (_records(folder) for folder in (published, ours))
-    same = _environments(theirs) == _environments(mine)
+    made = [_environments(records) for records in (theirs, mine)]
+    same = all(made[0][name] == made[1][name] for name in made[0].keys() & made[1].keys())
     numbers = pd.concat([_experiments(theirs, mine, same), _lessons(theirs, mine, same)], ignore_index=True)
     return Verdict(numbers, _claims(theirs, mine, reported, same), theirs, mine)
 
