@@ -66,7 +66,8 @@ notebooks: $(VENV)/installed
 
 clean:
 	@echo "Removing the environment, caches and results/$(SCALE)/; what is published stays."
-	@rm -rf $(VENV) cache .pytest_cache .ruff_cache .import_linter_cache results/$(filter-out published benchmarks,$(SCALE))/*
+	@rm -rf $(VENV) cache .pytest_cache .ruff_cache .import_linter_cache \
+	    $(if $(filter published benchmarks,$(SCALE)),,results/$(SCALE)/*)
 
 # --no-compile: what is imported is compiled then, the rest never; it halves the time of the installation.
 $(VENV)/installed: requirements.lock pyproject.toml
