@@ -61,9 +61,9 @@ def stage(name: str, folder: str | Path | None = None) -> Iterator[Stage]:
     if record is not None and kept is None:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_whole(record, json.dumps(asdict(measured)))  # found again if this call is killed
-    before = time.perf_counter()
     try:
         with scaling.peak_mib() as peak:
+            before = time.perf_counter()  # not before, since giving memory back takes a while
             yield measured
     except Exception:
         if record is not None and kept is None:

@@ -93,6 +93,15 @@ def test_a_stage_is_measured_once_and_remembered(tmp_path):
     assert again == first
 
 
+def test_the_seconds_of_a_stage_are_those_of_its_body(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("datainf.study.results.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("datainf.scaling._give_back_freed_memory", lambda: clock.append(clock.pop() + 100))
+    with results.stage("work") as measured:
+        clock[0] += 1
+    assert measured.seconds == 1
+
+
 def test_the_cost_of_a_stage_that_was_killed_is_not_known(tmp_path):
     with pytest.raises(KeyboardInterrupt), results.stage("work", tmp_path):
         raise KeyboardInterrupt
