@@ -58,11 +58,13 @@ lab: $(VENV)/installed
 	@echo "Opening JupyterLab on notebooks/; start with 00_influence_functions.ipynb."
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
-# Runs in place, top to bottom, with the default parameters: how the committed notebooks are made.
+# Top to bottom, with the default parameters: how the committed notebooks are made. Written aside until all are done, so
+# that each finds the code as it was committed, which is what it says of itself.
 notebooks: $(VENV)/installed
-	@echo "Executing every notebook in place with its default parameters."
-	@TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
+	@echo "Executing every notebook with its default parameters."
+	@TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --output-dir cache/notebooks --log-level WARN \
 	    --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	@mv cache/notebooks/*.ipynb notebooks/
 
 clean:
 	@echo "Removing the environment, caches and results/$(SCALE)/; what is published stays."

@@ -145,3 +145,4 @@ def test_committed_notebooks_are_executed_top_to_bottom(path):
     assert any("parameters" in cell.metadata.get("tags", []) for cell in code)
     assert any("image/png" in o.get("data", {}) for cell in code for o in cell.outputs)
     assert str(ROOT) not in json.dumps(notebook)
+    assert "+changes" not in json.dumps([cell.outputs for cell in code])  # it says which commit it shows
