@@ -1,6 +1,6 @@
 """Per-sample gradients and influence at the paper's sizes on one large GPU, such as an H200, in some minutes.
 
-python -m benchmarks.gpu                         # all parts; --only roberta, llama, unet or influence: one
+python -m benchmarks.gpu                         # all parts; --only roberta (or "roberta bfloat16", ...): those
 python -m benchmarks.gpu --tiny --device cpu     # toy sizes, to see that it runs
 
 Weights, gradients, tokens and latents are random, since speed does not depend on them; nothing is downloaded. Adapters
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 def roberta(tiny: bool) -> Case:
     """RoBERTa-large and texts of different lengths."""
-    width, layers, vocabulary = (32, 2, 1000) if tiny else (1024, 24, 50265)
+    width, layers, vocabulary = (32, 2, 1600) if tiny else (1024, 24, 50265)
     count, longest, batch_size, looped = (8, 16, 4, 2) if tiny else (2048, 128, 128, 16)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 16, "vocab_size": vocabulary}
     config = RobertaConfig(num_hidden_layers=layers, max_position_embeddings=514, pad_token_id=PAD, **sizes)
@@ -259,7 +259,7 @@ def benchmark_influence(
 
 
 def parts(tiny: bool, device: torch.device) -> dict[str, Callable[[], list[Row]]]:
-    """What can be measured, by name; the first word is what ``--only`` takes."""
+    """What can be measured, by name."""
     f32, bf16, where = torch.float32, torch.bfloat16, (device, 2 if tiny else 3)
     of_llama, of_roberta = ((9, 2, 64), (10, 2, 16)) if tiny else ((900, 160, 40960), (4500, 48, 8192))
     several = ("datainf", "hessian_free", "exact")
@@ -285,7 +285,9 @@ def attempt(name: str, part: Callable[[], list[Row]]) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the parts asked for, and write the record after each."""
     parser = argparse.ArgumentParser(description="Measure gradients and influence at the paper's sizes on a GPU.")
-    parser.add_argument("--only", choices=("roberta", "llama", "unet", "influence"), help="measure this alone")
+    parser.add_argument(
+        "--only", metavar="PART", help="measure the parts whose names begin so: roberta, llama bfloat16"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on the CPU where there is no GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu with --tiny only (cuda)")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/gpu.csv"), help="the record")
@@ -298,9 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     record, failed = pd.DataFrame(), []
-    for name, part in parts(options.tiny, device).items():
-        if options.only not in (None, name.split()[0]):
-            continue
+    chosen = {name: part for name, part in parts(options.tiny, device).items() if name.startswith(options.only or "")}
+    if not chosen:
+        parser.error(f"argument --only: no part begins with {options.only!r}.")
+    for name, part in chosen.items():
         print(f"{name}: measuring on {device} ...", flush=True)
         torch.manual_seed(0)
         rows = [{"benchmark": name, "scale": "full", **row} for row in attempt(name, part)]

@@ -1,6 +1,7 @@
 """Which examples share a batch, what becomes of one that does not fit in memory, and where its gradients go."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -53,22 +54,25 @@ def check_finite(losses: Tensor, examples: Sequence[int]) -> None:
 
 
 class Landing:
-    """Puts the gradients of a batch into their rows; from a GPU, while the next batch is under way there.
+    """Puts the gradients of a batch into their rows; from a GPU, by a thread of its own while the next batches are
+    under way there.
 
     Whether the losses are finite is looked at then, too, since looking waits for the GPU.
     """
 
     def __init__(self, gradients: Mapping[str, Tensor], start: int):
         self.gradients, self.start = gradients, start
+        self._worker = ThreadPoolExecutor(max_workers=1)
         self._stream: torch.cuda.Stream | None = None
-        self._under_way: tuple | None = None  # indices, losses, gradients; of copies, the event when they are done
+        self._under_way: Future | None = None
 
     def __enter__(self) -> "Landing":
         return self
 
     def __exit__(self, failed: type | None, *error) -> None:
-        if failed is None:
-            self._finish()
+        with self._worker:  # which waits for it
+            if failed is None:
+                self._finish()
 
     def put(self, indices: Sequence[int], losses: Tensor, values: Mapping[str, Tensor]) -> None:
         """Take the losses and gradients of these examples off the device.
@@ -80,10 +84,9 @@ class Landing:
             # Begun before the one under way is waited for, so that the device has work meanwhile.
             copies = self._copy(losses, values)
             self._finish()
-            self._under_way = (indices, *copies)
+            self._under_way = self._worker.submit(self._land, indices, *copies)
         else:
-            self._under_way = (indices, losses, values)
-            self._finish()
+            self._land(indices, losses, values)
 
     def _copy(self, losses: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], torch.cuda.Event]:
         """Begin the copies to page-locked memory, beside the computation; the event is when they are done."""
@@ -103,12 +106,16 @@ class Landing:
         return losses, copies, done
 
     def _finish(self) -> None:
-        if self._under_way is None:
-            return
-        indices, losses, values, *done = self._under_way
-        self._under_way = None
-        for event in done:
-            event.synchronize()
+        """Wait for the batch under way; raise what was wrong with it."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+
+    def _land(
+        self, indices: Sequence[int], losses: Tensor, values: Mapping[str, Tensor], done: torch.cuda.Event | None = None
+    ) -> None:
+        if done is not None:
+            done.synchronize()
         check_finite(losses, indices)
         rows = torch.tensor(indices) - self.start
         for name, value in values.items():

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pandas as pd
 import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from filelock import FileLock
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
@@ -215,6 +216,7 @@ def fine_tune(
             shutil.rmtree(folder / CHECKPOINTS)
             # Not the model that was trained: the Trainer leaves its mixed precision wrapped around that one's forward.
             del adapted, model
+            clear_device_cache(garbage_collection=True)  # a large base does not fit twice
             model = load()
         adapted = load_adapter(model, folder / ADAPTER)
         history = pd.read_csv(folder / HISTORY)

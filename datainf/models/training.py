@@ -26,6 +26,8 @@ class Recipe:
     Attributes:
         alpha: LoRA's scaling numerator; 0 means `rank`, so that the adapter is not scaled.
         targets: names of the modules that get an adapter.
+        accumulate: how many parts each batch is taken in, one after another, with the gradients added up: the same
+            fine-tuning in less memory.
         steps: optimisation steps; 0 means as many as `epochs` take.
         bf16: fine-tune in bfloat16 mixed precision; gradients are taken in float32 all the same.
 
@@ -40,19 +42,30 @@ class Recipe:
     learning_rate: float = 3e-4
     epochs: int = 10
     batch_size: int = 32
+    accumulate: int = 1
     steps: int = 0
     seed: int = 0
     bf16: bool = False
 
     def __post_init__(self):
-        for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("alpha", 0), ("steps", 0)):
+        at_least = {"rank": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "alpha": 0, "steps": 0}
+        for name, least in at_least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"accumulate must divide the batch size, {self.batch_size}, and {self.accumulate} does not."
+            )
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be positive, not {self.learning_rate!r}.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be a share from 0 up to 1, not {self.dropout!r}.")
+
+    @property
+    def part_size(self) -> int:
+        """Examples in memory at a time."""
+        return self.batch_size // self.accumulate
 
 
 def train(
@@ -105,8 +118,9 @@ def _arguments(recipe: Recipe, checkpoints: Path, *, tokenized: bool, own_loss: 
         learning_rate=recipe.learning_rate,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.steps or -1,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.part_size,
+        per_device_eval_batch_size=recipe.part_size,
+        gradient_accumulation_steps=recipe.accumulate,
         **{f"{what}_{name}": value for what in ("eval", "save", "logging") for name, value in often.items()},
         save_total_limit=1,
         # Like lengths share a batch: far less padding.

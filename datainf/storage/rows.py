@@ -192,12 +192,16 @@ Matrix = Float[Tensor, "n d"] | Rows
 
 
 def convert(rows: Tensor, out: Tensor) -> None:
-    """Write rows into `out`; to another device in their own type, often the narrower one, and a few at a time."""
+    """Write rows into `out`; to another device in their own type, often the narrower one, and a few at a time.
+
+    To a GPU by way of page-locked memory: while one part is on its way, the next is made ready.
+    """
     if rows.device == out.device:
         out.copy_(rows)
         return
     for some in slices(len(rows), max(1, int(len(rows) * PART))):
-        out[some].copy_(rows[some].to(out.device))
+        part = rows[some].pin_memory() if out.is_cuda else rows[some]
+        out[some].copy_(part.to(out.device, non_blocking=True))
 
 
 def square_norms(G: Matrix) -> Float[Tensor, " n"]:

@@ -152,7 +152,9 @@ AFTERWARDS = {
     *("timesteps", "draws", "stability", "inference_steps", "guidance", "inception"),
 }
 # Those that a record has in other columns, or has no use for; a task is the column dataset.
-UNRECORDED = {"task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception"}
+UNRECORDED = {
+    *("task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception", "accumulate")
+}
 
 
 def fine_tuning_key(run: Mapping[str, object]) -> dict[str, object]:

@@ -278,7 +278,10 @@ def test_gpu_equals_cpu(family, make_model, token_examples, pad_collate):
     arguments = {"collate_fn": pad_collate, "dtype": torch.float64}
     on_cpu = datainf.per_sample_gradients(model, token_examples, classification, **arguments)
     on_gpu = datainf.per_sample_gradients(model.cuda(), token_examples, classification, **arguments)
-    assert relative_error(on_gpu, on_cpu) <= 1e-10
+    one_by_one = datainf.reference_gradients(model, token_examples, classification, collate_fn=pad_collate)
+    # A Llama of any type computes its norms and rotations in float32, whose rounding is another on each device.
+    assert relative_error(on_gpu, on_cpu) <= (1e-6 if family == "llama" else 1e-10)
+    assert relative_error(on_gpu, one_by_one) <= (1e-6 if family == "llama" else 1e-10)
 
 
 # Convolutions, and examples of several rows.
