@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from benchmarks import common, gpu
 from datainf import demo
+from datainf.storage.memory import in_words
 from datainf.study.provenance import ROOT
 
 
@@ -134,7 +135,7 @@ def rehearse(name: str, tiny: bool, device: torch.device, folder: Path) -> pd.Da
     given |= {"cache": str(folder / "cache"), "output": str(folder / "record.csv")}
     path = ROOT / "notebooks" / f"{part.notebook}.ipynb"
     began = time.perf_counter()
-    with most_held(device) as peak:
+    with watched(name, device, folder / "cache") as peak:
         papermill.execute_notebook(path, folder / path.name, given, cwd=ROOT, progress_bar=False)
     return stages(name, part, folder, time.perf_counter() - began, peak()).assign(experiment=name)
 
@@ -142,15 +143,12 @@ def rehearse(name: str, tiny: bool, device: torch.device, folder: Path) -> pd.Da
 def stages(name: str, part: Part, folder: Path, seconds: float, peak: int) -> pd.DataFrame:
     """A row for each stage, from the notes that a run keeps in its cache and from its record, and one for the whole."""
     record = pd.read_csv(folder / "record.csv")
-    (run,) = (folder / "cache").iterdir()
     queries = record["n_validation" if "n_validation" in record else "n_test"][0]
     done = record["n_train"][0] + queries * (2 if name == "text" else 1)
     rows = []
-    for note in sorted(run.glob("*.json")):
-        kept = json.loads(note.read_text(encoding="utf8"))
-        if "peak_mib" in kept:
-            grows = {"done": done, "in_paper": part.in_paper} if note.stem.startswith("gradients") else {}
-            rows.append({"stage": note.stem, "seconds": kept["seconds"], "peak_gb": kept["peak_mib"] / 1024, **grows})
+    for stage, kept in notes(folder / "cache").items():
+        grows = {"done": done, "in_paper": part.in_paper} if stage.startswith("gradients") else {}
+        rows.append({"stage": stage, "seconds": kept["seconds"], "peak_gb": kept["peak_mib"] / 1024, **grows})
     once = record.drop_duplicates("method")
     for method, costs in once.set_index("method").filter(regex="_(ihvp|scores)$").dropna().iterrows():
         rows.append(
@@ -162,7 +160,7 @@ def stages(name: str, part: Part, folder: Path, seconds: float, peak: int) -> pd
                 "in_paper": part.in_paper,
             }
         )
-    disk = sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) / 1e9
+    disk = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file()) / 1e9
     rows.append({"stage": "whole notebook", "seconds": seconds, "peak_gb": peak / 2**30, "disk_gb": disk})
     table = pd.DataFrame(rows)
     gradients = table["stage"].str.startswith("gradients")
@@ -172,9 +170,10 @@ def stages(name: str, part: Part, folder: Path, seconds: float, peak: int) -> pd
 
 
 @contextmanager
-def most_held(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that gives the most bytes held during the block: by all on the GPU, or by child processes."""
-    seen, over = [0], threading.Event()
+def watched(name: str, device: torch.device, cache: Path) -> Iterator[Callable[[], int]]:
+    """Yield a function that gives the most bytes held during the block: by all on the GPU, or by child processes.
+    Meanwhile each stage that the notebook ends is told, so that a rehearsal that is cut short has said something."""
+    seen, told, over = [0], set(), threading.Event()
 
     def held() -> int:
         if device.type == "cuda":
@@ -184,10 +183,12 @@ def most_held(device: torch.device) -> Iterator[Callable[[], int]]:
 
     def watch() -> None:
         while not over.wait(0.5):
-            try:
+            with suppress(psutil.NoSuchProcess):  # it has ended between the two questions
                 seen[0] = max(seen[0], held())
-            except psutil.NoSuchProcess:  # it has ended between the two questions
-                continue
+            for note, kept in notes(cache).items():
+                if note not in told and kept["seconds"] == kept["seconds"]:  # not a number while it is under way
+                    told.add(note)
+                    print(f"{name}: {note}, {kept['seconds']:.3g} s, {in_words(seen[0])} held at most", flush=True)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -196,6 +197,12 @@ def most_held(device: torch.device) -> Iterator[Callable[[], int]]:
     finally:
         over.set()
         watcher.join()
+
+
+def notes(cache: Path) -> dict[str, dict[str, float]]:
+    """What a run has noted in its cache of the cost of its stages, by their names."""
+    found = {note.stem: json.loads(note.read_text(encoding="utf8")) for note in sorted(cache.glob("*/*.json"))}
+    return {name: kept for name, kept in found.items() if "peak_mib" in kept}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,8 @@
-"""The study's datasets: each loader returns data by seed, from the hub, from a folder, or built in."""
+"""The study's datasets: each loader returns data by seed, from the hub, from a folder, or built in.
+
+`glue`: sentences with a label, some flipped. `text`: prompts and responses of ten classes. `images`: captioned
+pictures. `built_in`: what is generated here.
+"""
 
 import hashlib
 

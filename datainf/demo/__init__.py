@@ -1,4 +1,8 @@
-"""The built-in bases: a small RoBERTa, Llama and Stable Diffusion in the hub's format, and what trained them."""
+"""The built-in bases: a small RoBERTa, Llama and Stable Diffusion in the hub's format, and what trained them.
+
+`train_base`, `train_llama`, `train_diffusion`: each trains one again. `corpus`, `llama_corpus`: of which texts.
+`command`: their command line.
+"""
 
 from pathlib import Path
 

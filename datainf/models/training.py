@@ -54,9 +54,7 @@ class Recipe:
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
         if self.batch_size % self.accumulate:
-            raise InputError(
-                f"accumulate must divide the batch size, {self.batch_size}, and {self.accumulate} does not."
-            )
+            raise InputError(f"accumulate must divide batch_size, {self.batch_size}, which {self.accumulate} does not.")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be positive, not {self.learning_rate!r}.")
         if not 0 <= self.dropout < 1:
@@ -98,6 +96,9 @@ def train(
         compute_metrics=compute_metrics,
     )
     trainer.loss = loss
+    # Only a language model divides its loss by all the tokens of a batch in parts. Other losses are means, and without
+    # this the Trainer would add them up.
+    trainer.model_accepts_loss_kwargs = model.active_peft_config.task_type == "CAUSAL_LM"
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress)
     trainer.train(resume_from_checkpoint=_last_whole(checkpoints))

@@ -1,5 +1,6 @@
 """What the notebooks share.
 
 `parameters`: a run's arguments, checked. `results`: records and figures. `provenance`: where a number comes from.
-`plotting` and `tables`: what readers see. `readme`: the README's numbers.
+`sweep`: a scale's runs. `verdict`, `publish`, `replay`: what was published, and what comes out now. `plotting` and
+`tables`: what readers see. `readme`: the README's numbers.
 """

@@ -15,7 +15,7 @@ published with a single seed has no tolerance. Times and process memory are left
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from datainf.errors import InputError
 from datainf.storage.files import write_whole
 from datainf.study import results, sweep
 from datainf.study.provenance import ROOT
-from datainf.study.tables import ours_beside_paper, to_markdown
+from datainf.study.tables import claims_of, to_markdown
 
 PUBLISHED = ROOT / "results" / "published"
 CONFIDENCE = 0.99
@@ -47,6 +47,8 @@ LESSONS = {  # what names a row of a lesson's record, and its numbers
     "table1_complexity": (["sweep", "size", "method"], ["peak_bytes"]),
     "memory_budget": (["method", "budget_mb"], ["peak_mb"]),
 }
+INPUTS = {"model_revision": "model", "data_revision": "data"}
+"""Columns by which one base and one dataset are known."""
 ENVIRONMENT = ["device", "threads", "python", "torch", "transformers", "peft", "diffusers", "datasets"]
 """Columns by which one machine with one environment is known."""
 
@@ -74,13 +76,15 @@ class Verdict:
 
     def __init__(self, numbers: pd.DataFrame, claims: pd.DataFrame, theirs: Mapping, mine: Mapping):
         self.numbers, self.claims = numbers, claims
+        self.others = _other_inputs(theirs, mine)
         self._made_by = {"published": _made_by(theirs), "ours": _made_by(mine)}
 
     @property
     def holds(self) -> bool:
-        """Whether nothing is missing, and no more is outside its tolerance than one in a hundred."""
+        """Whether it is of the same models and data, nothing is missing, and no more is outside its tolerance than one
+        in a hundred."""
         status = pd.concat([self.numbers["status"], self.claims["status"]])
-        return not (status == MISSING).any() and (status == OUTSIDE).mean() <= 1 - CONFIDENCE
+        return not self.others and not (status == MISSING).any() and (status == OUTSIDE).mean() <= 1 - CONFIDENCE
 
     def summary(self) -> str:
         """A few lines that say how it came out, and what made the two."""
@@ -88,12 +92,16 @@ class Verdict:
             pd.Series.value_counts
         )
         counts = counts.reindex([EQUAL, WITHIN, OUTSIDE, UNJUDGED, MISSING]).fillna(0).astype(int)
-        if counts.loc[[WITHIN, OUTSIDE, UNJUDGED, MISSING]].sum(axis=None) == 0:
-            said = "Reproduced: all published numbers and claims are equal."
-        elif self.holds:
-            said = "Reproduced: all published numbers and claims are within what seeds and machines do."
-        else:
+        unjudged = counts.loc[UNJUDGED].sum()
+        if self.others:
+            said = f"NOT of what was published: {'; '.join(self.others)}. Give the same, or read no more into it."
+        elif not self.holds:
             said = "NOT reproduced as it was published: see what is OUTSIDE, or was not run."
+        elif counts.loc[[WITHIN, OUTSIDE, UNJUDGED]].sum(axis=None) == 0:
+            said = "Reproduced: all published numbers and claims are equal."
+        else:
+            said = "Reproduced: the published numbers and claims are within what seeds and machines do"
+            said += f", but for {unjudged} of a single seed, which cannot be judged." if unjudged else "."
         what = ", ".join(f"{n} {status}" for status, n in counts["numbers"].items() if n)
         claimed = ", ".join(f"{n} {status}" for status, n in counts["claims"].items() if n)
         return "\n".join([said, f"numbers: {what}", f"claims: {claimed}"])
@@ -137,6 +145,20 @@ def _made_by(records: Mapping[str, pd.DataFrame]) -> pd.Series:
     columns = ["commit", *ENVIRONMENT, "model_revision", "data_revision"]
     values = {name: [set(r[name].dropna().astype(str)) for r in records.values() if name in r] for name in columns}
     return pd.Series({name: ", ".join(sorted(set().union(*found))) for name, found in values.items()})
+
+
+def _other_inputs(theirs: Mapping, mine: Mapping) -> list[str]:
+    """Of which bases or data other revisions were run than are published."""
+    found = []
+    for name in sweep.EXPERIMENTS:
+        for column, what in INPUTS.items():
+            if name in theirs and name in mine and column in theirs[name] and column in mine[name]:
+                keys = ["dataset", "rank", "seed"]
+                pair = (records[name].drop_duplicates(keys).set_index(keys)[column] for records in (theirs, mine))
+                both = pd.concat(pair, axis=1, join="inner").astype(str)
+                if (both.iloc[:, 0] != both.iloc[:, 1]).any():
+                    found.append(f"another {what} in {name}")
+    return found
 
 
 def _environments(records: Mapping[str, pd.DataFrame]) -> dict[str, set]:
@@ -215,37 +237,30 @@ def _judged(table: pd.DataFrame, more: list[str]) -> pd.DataFrame:
 
 
 def _claims(theirs: Mapping, mine: Mapping, reported: pd.DataFrame, same: bool) -> pd.DataFrame:
-    """Every claim of the table of ours beside the paper's, published and ours; those of seconds are left out."""
-    if not sweep.EXPERIMENTS.keys() <= theirs.keys():
-        return pd.DataFrame(columns=["item", "claim", "published", "ours", "difference", "tolerance", "status"])
-    said = _claims_of(reported)
-    published = said(theirs)
-    try:
-        ours = said(mine)["ours"]
-    except KeyError:  # an experiment, or a method that a claim is about
-        ours = [""] * len(published)
-    without = [
-        said({name: r[r["seed"] != seed] for name, r in theirs.items() if name in sweep.EXPERIMENTS})["ours"]
-        for seed in _shared_seeds(theirs)
-    ]
+    """Every claim of the table of ours beside the paper's, published and ours."""
     rows = []
-    for place, (item, claim, text) in enumerate(published[["item", "claim", "ours"]].itertuples(index=False)):
-        if claim.startswith("seconds"):
+    for name in sweep.EXPERIMENTS:
+        if name not in theirs:
             continue
-        jackknife = [found.iloc[place] for found in without]
-        rows.append({"item": item, "claim": claim, "published": text, "ours": ours[place]})
-        rows[-1] |= _compared(text, ours[place], jackknife, same)
-    return pd.DataFrame(rows)
+        published, seeds = _said(name, theirs[name], reported), sorted(set(theirs[name]["seed"]))
+        try:
+            ours = _said(name, mine[name], reported)
+        except KeyError:  # the experiment, or a method that a claim is about
+            ours = {}
+        # Of a single seed nothing is left to compute a claim of.
+        left_out = seeds if len(seeds) > 1 else []
+        without = [_said(name, theirs[name].query("seed != @seed"), reported) for seed in left_out]
+        for key, text in published.items():
+            own, jackknife = ours.get(key, ""), [again[key] for again in without]
+            found = {"item": key[0], "claim": key[1], "published": text, "ours": own}
+            rows.append(found | _compared(text, own, jackknife, same))
+    return pd.DataFrame(rows, columns=["item", "claim", "published", "ours", "difference", "tolerance", "status"])
 
 
-def _claims_of(reported: pd.DataFrame) -> Callable[[Mapping[str, pd.DataFrame]], pd.DataFrame]:
-    return lambda records: ours_beside_paper(*(records[name] for name in sweep.EXPERIMENTS), reported)
-
-
-def _shared_seeds(records: Mapping[str, pd.DataFrame]) -> list[int]:
-    """The seeds without any of which every experiment still has a run of every cell."""
-    seeds = [set(records[name]["seed"]) for name in sweep.EXPERIMENTS]
-    return sorted(set.intersection(*seeds)) if all(len(found) > 1 for found in seeds) else []
+def _said(experiment: str, records: pd.DataFrame, reported: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """(item, claim) -> what records say of it; claims of seconds are left out."""
+    found = claims_of(experiment, records, reported).set_index(["item", "claim"])["ours"]
+    return {key: text for key, text in found.items() if not key[1].startswith("seconds")}
 
 
 def _compared(published: str, ours: str, jackknife: list[str], same: bool) -> dict[str, object]:

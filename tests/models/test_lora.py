@@ -129,3 +129,17 @@ def test_real_minilm(real_models, real_data, tmp_path):
     slow = datainf.reference_gradients(*arguments, collate_fn=tuned.collate)
     assert max(((fast[n] - slow[n]).norm() / slow[n].norm()).item() for n in slow) <= 1e-5
     assert len(fast) == 6 * 2 + 1
+
+
+def test_a_batch_in_parts_is_the_same_fine_tuning(task, tmp_path):
+    plain = SMALL | {"dropout": 0.0}
+    whole = classifier.fine_tune("demo-roberta", task, Recipe(**plain), folder=tmp_path / "whole")
+    parts = classifier.fine_tune("demo-roberta", task, Recipe(**plain, accumulate=2), folder=tmp_path / "parts")
+    moved = classifier.fine_tune("demo-roberta", task, Recipe(**plain | {"batch_size": 8}), folder=tmp_path / "moved")
+
+    def apart(tuned):
+        return (tuned.history[["loss", "query_loss"]] / whole.history[["loss", "query_loss"]] - 1).abs().max(axis=None)
+
+    assert apart(parts) < 1e-3 < 1e-2 < apart(moved)  # Adam makes much of the rounding of gradients that are near zero
+    with pytest.raises(InputError, match="accumulate must divide batch_size, 16, which 3 does not"):
+        Recipe(batch_size=16, accumulate=3)

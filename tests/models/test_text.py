@@ -380,6 +380,14 @@ def test_a_model_learns_to_answer_and_to_stop(checkpoint, tmp_path):
     assert [response.replace(" ", "") for response in responses] == ["abc", "cb"]
 
 
+def test_a_batch_in_parts_is_the_same_fine_tuning(checkpoint, small, tmp_path):
+    """Each token weighs the same, whatever part of the batch it is in."""
+    recipe = RECIPE | {"dropout": 0.0, "learning_rate": 1e-3}
+    whole = causal_lm.fine_tune(checkpoint, small, Recipe(**recipe), folder=tmp_path / "whole")
+    parts = causal_lm.fine_tune(checkpoint, small, Recipe(**recipe, accumulate=4), folder=tmp_path / "parts")
+    np.testing.assert_allclose(parts.history["loss"], whole.history["loss"], rtol=1e-5)
+
+
 def test_final_answers():
     assert text.same_answer("Left = 3 - 1 = 2. Answer: 2", "Left = 5 - 3 = 2. Answer: 2")
     assert not text.same_answer("Left = 3 - 1 = 2. Answer: 2", "Answer: 3")

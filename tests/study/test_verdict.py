@@ -100,13 +100,13 @@ def test_what_was_not_run_or_diverged_is_said(published, tmp_path):
     without = write(tmp_path / "ours", "one machine", lambda frame: frame[frame["method"] != "exact"])
     found = verdict.verdict(published, without, REPORTED)
     assert set(found.numbers.query("method == 'exact' or row == 'exact'")["status"]) == {"not run"} and not found.holds
-    assert set(found.claims["status"]) == {"not run"}  # several are of Exact
+    assert set(found.claims[found.claims["claim"].str.contains("of Exact")]["status"]) == {"not run"}
     diverged = write(tmp_path / "diverged", "one machine", shifted(np.nan, lambda frame: frame["method"] == "lissa"))
     found = verdict.verdict(published, diverged, REPORTED).numbers
     assert set(found.query("method == 'lissa' and metric == 'pearson'")["status"]) == {"OUTSIDE"}
     (diverged / "runs" / "text_identification-all.csv").unlink()
     found = verdict.verdict(published, diverged, REPORTED)
-    assert set(found.claims["status"]) == {"not run"}
+    assert set(found.claims.query("claim.str.startswith('accuracy')")["status"]) == {"not run"}  # of text tasks alone
     with pytest.raises(InputError, match="There are no records in"):
         verdict.verdict(published, tmp_path / "nowhere", REPORTED)
 
@@ -123,3 +123,24 @@ def test_a_claim_may_move_as_far_as_leaving_out_a_seed_says():
     assert verdict._compared("0.90 (sst2)", "0.93 (sst2)", steady, same=False)["status"] == "OUTSIDE"
     assert verdict._compared("0.90 (sst2)", "0.90 (mrpc)", steady, same=False)["status"] == "OUTSIDE"
     assert verdict._compared("1 of 2", "2 of 2", [], same=False)["status"] == "not judged"
+
+
+def test_an_experiment_of_one_seed_is_not_judged_and_leaves_the_others_judged(published, tmp_path):
+    one_seed = lambda frame: frame[frame["seed"] == 0] if "loss" in frame else frame  # noqa: E731
+    theirs = write(tmp_path / "theirs", "one machine", one_seed)
+    ours = write(tmp_path / "ours", "another", lambda frame: shifted(0.004)(one_seed(frame)))
+    found = verdict.verdict(theirs, ours, REPORTED)
+    assert "not judged" not in set(found.claims.query("item.str.startswith('Figure')")["status"])
+    claims = found.claims.set_index("claim")["status"]
+    of_one_seed = set(claims[claims.index.str.startswith("class-detection AUC of Exact")])
+    assert "not judged" in of_one_seed and of_one_seed <= {"not judged", "equal"}
+    assert "of a single seed, which cannot be judged" in found.summary()
+
+
+def test_other_models_or_data_are_named(published, tmp_path):
+    write(tmp_path / "published", "one machine", lambda frame: frame.assign(model_revision="a", data_revision="b"))
+    other = lambda frame: frame.assign(model_revision="c" if "rank" in frame else "a", data_revision="b")  # noqa: E731
+    found = verdict.verdict(published, write(tmp_path / "ours", "one machine", other), REPORTED)
+    assert not found.holds
+    assert found.summary().startswith("NOT of what was published: another model in approximation_error; another model")
+    assert "another data" not in found.summary()

@@ -1,6 +1,6 @@
 """The study's tables: what the paper reports beside what was measured here."""
 
-from datainf.study.tables.claims import ours_beside_paper
+from datainf.study.tables.claims import claims_of, ours_beside_paper
 from datainf.study.tables.summaries import (
     accuracy_gained,
     by_dataset_and_rank,
@@ -18,6 +18,7 @@ __all__ = [
     "distance_gained",
     "fine_tuned",
     "influential",
+    "claims_of",
     "ours_beside_paper",
     "to_markdown",
 ]

@@ -29,16 +29,15 @@ def ours_beside_paper(
         Columns item, claim, paper, ours. A claim about an order of methods is counted over cells, a cell being the
         mean over seeds of one dataset and rank.
     """
+    records = dict(zip(_ROWS, (errors, detection, identification, pictures), strict=True))
+    return pd.concat([claims_of(name, records[name], reported) for name in records], ignore_index=True)
+
+
+def claims_of(experiment: str, records: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """The part of `ours_beside_paper` that is of one experiment, from its records."""
     paper = reported.set_index(["item", "dataset", "rank", "method", "metric"])["value"]
-    claims = [
-        *_approximation_rows(errors, paper),
-        *_mislabeled_rows(detection, paper),
-        *_class_detection_rows(identification, paper),
-        *_text_rows(identification, paper),
-        *_class_detection_rows(pictures, paper),
-        *_picture_rows(pictures, paper),
-    ]
-    return pd.DataFrame(claims, columns=["item", "claim", "paper", "ours"])
+    rows = [row for rows_of in _ROWS[experiment] for row in rows_of(records, paper)]
+    return pd.DataFrame(rows, columns=["item", "claim", "paper", "ours"])
 
 
 def _approximation_rows(errors: pd.DataFrame, paper: pd.Series) -> list[Claim]:
@@ -220,3 +219,11 @@ def _falls_with_rank(correlation: pd.Series) -> str:
 
 def _per_dataset(values: pd.Series) -> str:
     return ", ".join(f"{value:.2f} ({dataset})" for (dataset, _), value in values.items())
+
+
+_ROWS = {
+    "approximation_error": [_approximation_rows],
+    "mislabeled_detection": [_mislabeled_rows],
+    "text_identification": [_class_detection_rows, _text_rows],
+    "image_identification": [_class_detection_rows, _picture_rows],
+}
