@@ -1,11 +1,61 @@
 """Which examples share a batch, what becomes of one that does not fit in memory, and where its gradients go."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
+
+from datainf.errors import InputError
+
+
+def as_sequence(dataset) -> Sequence:
+    """A dataset as examples that are read by number: a table or a dict of columns as its rows, all else as it is.
+
+    Raises:
+        ValueError: it has no length or cannot be read by number, is a dict of splits, or has columns of different
+            lengths.
+    """
+    if hasattr(dataset, "to_dict") and hasattr(dataset, "columns"):  # a DataFrame
+        return dataset.to_dict("records")
+    if isinstance(dataset, Mapping):
+        lengths = {name: len(column) for name, column in dataset.items() if hasattr(column, "__len__")}
+        if any(hasattr(column, "column_names") for column in dataset.values()):
+            raise ValueError(f"The dataset is a dict of splits: give one of them, such as [{next(iter(dataset))!r}].")
+        if len(lengths) != len(dataset) or len(set(lengths.values())) > 1:
+            raise ValueError(f"The dataset is a dict whose columns are not of one length: {lengths}.")
+        return [dict(zip(dataset, row, strict=True)) for row in zip(*dataset.values(), strict=True)]
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"Examples are read by number, and a {type(dataset).__name__} has no length or no numbers: give a list, or "
+            "a dataset that holds them all, such as list(dataset)."
+        )
+    return dataset
+
+
+def without_labels(dataset: Sequence, indices: Iterable[int]) -> list[int]:
+    """The examples all of whose labels are masked (-100), of which a mean over tokens is 0 / 0."""
+
+    def masked(example) -> bool:
+        labels = example.get("labels") if isinstance(example, Mapping) else None
+        labels = labels.tolist() if isinstance(labels, Tensor) else labels
+        return isinstance(labels, list) and len(labels) > 0 and all(label == -100 for label in labels)
+
+    return [index for index in indices if masked(dataset[index])]
+
+
+class NotFiniteError(InputError):
+    """The loss or a gradient of some `examples` is infinite or no number."""
+
+    def __init__(self, examples: Sequence[int]):
+        self.examples = sorted(set(examples))
+        shown = ", ".join(map(str, self.examples[:10])) + (", ..." if len(self.examples) > 10 else "")
+        several = f"s {shown} ({len(self.examples)} in all)" if len(self.examples) > 1 else f" {shown}"
+        super().__init__(
+            f"The loss of example{several} is not finite, or its gradient: look at the labels (are all of them "
+            "masked?), or leave what has no loss out by on_bad='skip'."
+        )
 
 
 def batches(
@@ -28,10 +78,10 @@ def length(example) -> int:
     return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
 
 
-def halving(indices: list[int], dataset, loss_fn, collate_fn, differentiate) -> Iterator[tuple[list[int], tuple]]:
+def halving(indices: list[int], differentiate: Callable) -> Iterator[tuple[list[int], tuple]]:
     """Yield (indices, what `differentiate` makes of them) for the batch, in halves where it does not fit in memory."""
     try:
-        result = differentiate(loss_fn, collate_fn([dataset[index] for index in indices]), indices)
+        result = differentiate(indices)
     except Exception as error:
         if len(indices) == 1 or not should_reduce_batch_size(error):
             raise
@@ -43,14 +93,17 @@ def halving(indices: list[int], dataset, loss_fn, collate_fn, differentiate) -> 
     clear_device_cache(garbage_collection=True)
     middle = len(indices) // 2
     for half in (indices[:middle], indices[middle:]):
-        yield from halving(half, dataset, loss_fn, collate_fn, differentiate)
+        yield from halving(half, differentiate)
 
 
 def check_finite(losses: Tensor, examples: Sequence[int]) -> None:
-    """Refuse a loss that is infinite or no number, naming the first such example."""
-    bad = (~torch.isfinite(losses)).nonzero().flatten()
-    if len(bad):
-        raise ValueError(f"The loss of example {examples[bad[0].item()]} is not finite.")
+    """Refuse losses that are infinite or no number.
+
+    Raises:
+        NotFiniteError: names the examples.
+    """
+    if bad := [examples[place] for place in (~torch.isfinite(losses)).nonzero().flatten().tolist()]:
+        raise NotFiniteError(bad)
 
 
 class Landing:
@@ -95,8 +148,9 @@ class Landing:
 
         def copy(value: Tensor, dtype: torch.dtype) -> Tensor:
             value.record_stream(self._stream)
-            landed = torch.empty(value.shape, dtype=dtype, pin_memory=True)
-            return landed.copy_(value.to(dtype), non_blocking=True)
+            landed = torch.empty(value.shape, dtype=dtype if dtype != torch.float16 else value.dtype, pin_memory=True)
+            # What float16 may lose is looked at where it lands.
+            return landed.copy_(value.to(landed.dtype), non_blocking=True)
 
         with torch.cuda.stream(self._stream):
             copies = {name: copy(value, self.gradients[name].dtype) for name, value in values.items()}
@@ -120,3 +174,19 @@ class Landing:
         rows = torch.tensor(indices) - self.start
         for name, value in values.items():
             self.gradients[name][rows] = value.to(self.gradients[name].dtype)
+            if value.dtype != torch.float16 and self.gradients[name].dtype == torch.float16:
+                check_kept(name, value, indices)
+
+
+def check_kept(name: str, value: Tensor, examples: Sequence[int]) -> None:
+    """Refuse gradients that float16, which holds numbers from 6e-8 to 65,504, loses.
+
+    Raises:
+        InputError: names a layer and an example.
+    """
+    norms, kept = (torch.linalg.vector_norm(rows.float(), dim=1) for rows in (value, value.half()))
+    if (lost := ~((norms - kept).abs() <= 0.05 * norms)).any():
+        raise InputError(
+            f"The gradient of example {examples[int(lost.nonzero()[0])]} in layer {name!r} is lost in float16, which "
+            "holds numbers from 6e-8 to 65,504: keep gradients in bfloat16 or float32 (dtype=)."
+        )

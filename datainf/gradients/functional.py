@@ -1,6 +1,6 @@
 """Per-row gradients of any module's weights, through torch.func.
 
-`datainf.layers.row_gradients` needs to know how a weight acts. Here the module is simply run again on each row alone,
+`layers.row_gradients` needs to know how a weight acts. Here the module is simply run again on each row alone,
 all rows at once by `vmap`, and differentiated: slower, but right for embeddings, DoRA, IA3, grouped convolutions,
 normalizations and whatever else treats each row of a batch by itself.
 """
@@ -26,6 +26,7 @@ def functional_gradients(
     names: Mapping[str, str],
     weights: Mapping[str, Tensor],
     arguments: tuple[tuple, dict],
+    is_cut: Sequence[bool],
     output_gradients: Sequence[Tensor | None],
     parts: int,
 ) -> dict[str, Tensor]:
@@ -36,14 +37,14 @@ def functional_gradients(
     Args:
         names: the weight's name within the module -> its layer.
         weights: layer -> its weight.
-        arguments: the args and kwargs the module was called with. Tensors whose first dimension is the batch are
-            cut, all else is passed whole.
+        arguments: the args and kwargs the module was called with.
+        is_cut: of each leaf of the arguments, whether it is a tensor whose first dimension is the batch. All else is
+            passed whole.
         output_gradients: the loss's gradients of `tensors_in` the output; None where it does not depend on it.
     """
     used = [gradient is not None for gradient in output_gradients]
     cotangents = list(compress(output_gradients, used))
     leaves, structure = tree_flatten(arguments)
-    is_cut = [isinstance(leaf, Tensor) and leaf.shape[:1] == cotangents[0].shape[:1] for leaf in leaves]
     primals = {layer: weights[layer].detach() for layer in names.values()}
 
     def outputs(primals: Mapping[str, Tensor], inputs: Iterable[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:

@@ -4,7 +4,7 @@ A *layer* is one trainable weight, named as in ``model.named_parameters()``: lor
 two, the weight of a trained head is one more, and so are embeddings, IA3's vectors, DoRA's magnitudes and the scales of
 normalizations, where they are trainable. A convolution's kernel counts as the matrix that acts on its patches.
 **Biases are left out**, as in the paper's experiments: they are not part of any layer here, though they may well have
-been trained. A bias is a parameter whose own name says so: ``bias``, ``in_proj_bias``.
+been trained. A bias is a vector whose own name says so: ``bias``, ``in_proj_bias``, ``bias_ih_l0``.
 
 Every layer has its *owner*, the module through whose forward it acts, on every row of the batch by itself. The owner of
 a plain matrix is the Linear or Conv2d that holds it, and its gradients are outer products of what goes in and what
@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Layers = str | Collection[str] | None
 """Which layers: all trainable weights (None), those whose name a regular expression finds, or these names."""
@@ -36,13 +37,19 @@ def trainable_layers(model: nn.Module, layers: Layers = None) -> dict[str, nn.Pa
     weights = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "bias" not in name.rpartition(".")[2]
+        if parameter.requires_grad and not _is_bias(name, parameter)
     }
     if not weights:
         raise ValueError(
             "The model has no trainable weight: attach an adapter, and load a saved one with is_trainable=True."
         )
     return _chosen(weights, layers)
+
+
+def _is_bias(name: str, parameter: nn.Parameter) -> bool:
+    """Whether its own name says so and it is a vector: a table of biases, such as Swin's, is a layer."""
+    words = name.rpartition(".")[2].split("_")
+    return "bias" in words and sum(size > 1 for size in parameter.shape) <= 1
 
 
 def _chosen(weights: dict[str, nn.Parameter], layers: Layers) -> dict[str, nn.Parameter]:
@@ -61,6 +68,37 @@ def _chosen(weights: dict[str, nn.Parameter], layers: Layers) -> dict[str, nn.Pa
             f"layers={layers!r} matches none of the {len(weights)} layers, such as {next(iter(weights))!r}."
         )
     return chosen
+
+
+def check_adapters(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse layers of a PEFT adapter that takes no part in what the model computes, whose gradients would be zero.
+
+    Raises:
+        ValueError: the adapter is merged into the base, switched off, or not the active one; says how to change that.
+    """
+    adapters = set(getattr(model, "peft_config", ()))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in weights:
+        parts = name.split(".")
+        mine = next((part for part in reversed(parts) if part in adapters), None)
+        for module in (modules.get(".".join(parts[:depth])) for depth in range(1, len(parts))):
+            active = getattr(module, "active_adapters", None)
+            if mine is None or not isinstance(active, list | tuple):
+                continue
+            if getattr(module, "disable_adapters", False) is True:
+                raise ValueError(
+                    f"The model's adapters are switched off, so layer {name!r} has no gradient: switch them on."
+                )
+            if mine in getattr(module, "merged_adapters", ()):
+                raise ValueError(
+                    f"Adapter {mine!r} is merged into the base, so layer {name!r} has no gradient: call "
+                    "model.unmerge_adapter() first."
+                )
+            if mine not in active:
+                raise ValueError(
+                    f"Adapter {mine!r} is not active, so layer {name!r} has no gradient: activate it by "
+                    "model.set_adapter(), or leave its layers out by layers=."
+                )
 
 
 def owners(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
@@ -95,16 +133,24 @@ def _owner(modules: Mapping[str, nn.Module], path: str) -> str:
 def _acts_as_a_whole(module: nn.Module) -> bool:
     """Whether its forward uses its parts' weights otherwise than by calling the parts on the batch.
 
-    So do torch's attention, and PEFT's layers with another adapter than plain LoRA, such as DoRA.
+    So do torch's attention, a parametrized module, and PEFT's layers with another adapter than plain LoRA, such as
+    DoRA.
     """
-    return isinstance(module, nn.MultiheadAttention) or bool(getattr(module, "lora_variant", None))
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        or is_parametrized(module)
+        or bool(getattr(module, "lora_variant", None))
+    )
 
 
 def is_matrix(module: nn.Module, names: Mapping[str, str]) -> bool:
-    """Whether the owner's one layer is a matrix that acts on the tokens or the patches of its input."""
-    return names.keys() == {"weight"} and (
-        isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and _acts_on_patches(module))
-    )
+    """Whether the owner's one layer is a matrix that acts on the tokens or the patches of its input: its forward is
+    that of nn.Linear or nn.Conv2d, not one of a class's own."""
+    if names.keys() != {"weight"} or is_parametrized(module):
+        return False
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward and _acts_on_patches(module)
 
 
 def _acts_on_patches(module: nn.Conv2d) -> bool:

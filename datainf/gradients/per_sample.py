@@ -9,8 +9,9 @@ a module and the gradient of what comes out, are kept, and the module is differe
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from torch.utils.data import default_collate
 
 from datainf import processes
 from datainf.errors import InputError
-from datainf.gradients.batches import Landing, batches, check_finite, halving
+from datainf.gradients.batches import Landing, NotFiniteError, as_sequence, batches, halving, without_labels
+from datainf.gradients.checking import Differentiator
 from datainf.gradients.identity import identity
-from datainf.gradients.layers import Layers, trainable_layers
+from datainf.gradients.layers import Layers, check_adapters, trainable_layers
 from datainf.gradients.recording import Recorder
 from datainf.progress import bar, say_if_long
 from datainf.storage.memory import in_words
@@ -49,6 +51,7 @@ def per_sample_gradients(
     dtype: torch.dtype = torch.float32,
     store: str | Path | None = None,
     shard_examples: int | None = None,
+    on_bad: str = "raise",
 ) -> GradientStore:
     """The gradient of every example's loss with respect to every trainable weight that is not a bias.
 
@@ -59,13 +62,13 @@ def per_sample_gradients(
     In several processes (``accelerate launch``) each takes some of the examples, and all return the same store.
 
     A weight that is no plain matrix on tokens or patches (an embedding, IA3's or a normalization's scale, all of DoRA)
-    costs a further run of its module, in the module's own precision. The first batch is run once more to see that such
-    weights act through their modules, on every row of the batch by itself, and that one of which nothing was recorded
-    has no gradient.
+    costs a further run of its module, in the module's own precision. What cannot be told apart in a batch, such as a
+    weight that something besides its module uses, is taken one example at a time, with a warning. Which is which is
+    seen by comparing two examples with plain training before the work begins; see `gradients.checking`.
 
     Args:
         model: any torch module; of a PEFT model the adapter's weights and the saved modules.
-        dataset: anything with ``len`` and integer indexing.
+        dataset: anything with ``len`` and integer indexing; a DataFrame or a dict of columns is taken by its rows.
         loss_fn: ``loss_fn(model, batch) -> Tensor (batch,)``.
         collate_fn: makes a batch of a list of examples; torch's default_collate where none is given.
         batch_size: examples in one forward and backward pass.
@@ -86,22 +89,39 @@ def per_sample_gradients(
         GradientStore: layer name -> Tensor (n, d_l), d_l = the layer's weight.numel(), flattened row by row.
 
     Raises:
-        ValueError: no examples, no such layers, a loss that is not one finite number per example, a layer that mixes
-            examples or acts other than through its module, a `store` that holds gradients of something else, or too
-            little room for the gradients on disk or in memory.
+        ValueError: no examples, no such layers, layers of an adapter that takes no part, a loss that is not one finite
+            number per example or another in a batch than alone, a `store` that holds gradients of something else, or
+            too little room for the gradients on disk or in memory.
         OSError: a shard of the `store` is damaged or of another store.
     """
-    n = len(dataset)
-    if n == 0:
+    dataset = as_sequence(dataset)
+    if len(dataset) == 0:
         raise ValueError("The dataset has no examples.")
+    if on_bad not in ("raise", "skip"):
+        raise InputError(f"on_bad must be 'raise' or 'skip', not {on_bad!r}.")
     weights = trainable_layers(model, layers)
+    check_adapters(model, weights)
+    check_at_hand(model)
+    say_that_checkpointing_is_off(model)
     parts = rows_per_example if concatenate else 1
     widths = {name: parts * weight.numel() for name, weight in weights.items()}
     collate_fn = collate_fn or default_collate
-    batches_of = partial(batches, dataset, batch_size=batch_size, batch_tokens=batch_tokens)
+    batching = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+    of_all = list(batches(dataset, 0, len(dataset), **batching))
+    bad, skipped = without_labels(dataset, range(len(dataset))), []
+    if on_bad == "skip":
+        arguments = (model, dataset, loss_fn, collate_fn, weights)
+        skipped = _without_loss(*arguments, [[i for i in indices if i not in set(bad)] for indices in of_all], bad)
+        dataset = _Some(dataset, sorted(set(range(len(dataset))) - set(skipped)))
+    elif bad:
+        raise NotFiniteError(bad)
+    n = len(dataset)
+    if n == 0:
+        raise InputError("No example of the dataset has a finite loss.")
+    batches_of = partial(batches, dataset, **batching)
     shards = None
     if store is not None:
-        about = identity(model, dataset, loss_fn)
+        about = identity(model, dataset, loss_fn, collate_fn) | {"skipped": ", ".join(map(str, skipped))}
         if concatenate:
             about["loss"] += f", {parts} rows side by side"
         sizes = {"shard_rows": shard_examples, "least_rows": batch_size}
@@ -114,15 +134,22 @@ def per_sample_gradients(
     kept = in_words(examples * sum(widths.values()) * dtype.itemsize)
     what = f"per-sample gradients of {examples} examples, {kept} {'in memory' if store is None else 'on disk'}"
     with (
-        _recording(model, weights, rows_per_example, parts) as differentiate,
+        _frozen(model) as as_found,
+        Recorder(model, weights, rows_per_example, parts) as recorder,
         bar(total=examples, desc="per-sample gradients", unit="example") as progress,
+        ExitStack() as stack,
     ):
+        differentiate = Differentiator(model, dataset, loss_fn, collate_fn, weights, recorder, as_found)
+        mine = [indices for _, _, batches_here in work for indices in batches_here]
+        stack.enter_context(_naming_all(differentiate, mine))
+        if mine:
+            differentiate.check(mine)
         began = time.monotonic()
         for start, stop, batches_here in work:
             gradients = {name: torch.zeros(stop - start, d, dtype=dtype) for name, d in widths.items()}
             with Landing(gradients, start) as landing:
                 for indices in batches_here:
-                    for part, (losses, values) in halving(indices, dataset, loss_fn, collate_fn, differentiate):
+                    for part, (losses, values) in halving(indices, differentiate):
                         landing.put(part, losses, values)
                         if progress.n == 0:
                             say_if_long(what, len(part) / examples, time.monotonic() - began)
@@ -130,9 +157,71 @@ def per_sample_gradients(
             if shards is not None:
                 shards.write(start // shards.shard_rows, gradients)
     if shards is None:
-        return GradientStore({name: processes.add_up(gradients.pop(name)) for name in widths})
+        return GradientStore({name: processes.add_up(gradients.pop(name)) for name in widths}, skipped)
     processes.wait()
     return GradientStore.load(store)
+
+
+class _Some(Sequence):
+    """Some examples of a dataset, by their numbers."""
+
+    def __init__(self, dataset: Sequence, numbers: list[int]):
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int):
+        return self.dataset[self.numbers[index]]
+
+
+def _without_loss(model, dataset, loss_fn, collate_fn, weights, indices_of_batches, known) -> list[int]:
+    """The examples whose loss is not finite, the `known` ones among them, by a forward pass over all others."""
+    rank, count = processes.rank_and_count()
+    with _frozen(model) as as_found, Recorder(model, {}, 1, 1) as recorder:
+        differentiate = Differentiator(model, dataset, loss_fn, collate_fn, weights, recorder, as_found)
+        mine = [indices for indices in indices_of_batches if indices][rank::count]
+        return sorted({*known, *processes.collect(_not_finite(differentiate, mine))})
+
+
+def _not_finite(differentiate: Differentiator, indices_of_batches: Sequence[Sequence[int]]) -> list[int]:
+    found = []
+    for indices in bar(indices_of_batches, desc="losses", unit="batch"):
+        bad = (~torch.isfinite(differentiate.losses(indices))).nonzero().flatten().tolist()
+        found += [indices[place] for place in bad]
+    return found
+
+
+@contextmanager
+def _naming_all(differentiate: Differentiator, indices_of_batches: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Where an example has no finite loss, look at those of all others before it is refused, to name all at once."""
+    try:
+        yield
+    except NotFiniteError as error:
+        found = error.examples
+    else:
+        return
+    raise NotFiniteError([*found, *_not_finite(differentiate, indices_of_batches)])
+
+
+def check_at_hand(model: nn.Module) -> None:
+    """Refuse a model whose weights are elsewhere until its modules are called.
+
+    Raises:
+        InputError: names such a weight.
+    """
+    if away := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+        raise InputError(f"The weight {away!r} is offloaded: load the model whole, on one device, for its gradients.")
+
+
+def say_that_checkpointing_is_off(model: nn.Module) -> None:
+    """Warn of gradient checkpointing that is switched on: modules do it in training alone."""
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        warnings.warn(
+            "Gradient checkpointing is switched on, but models do it in training alone, and gradients are taken in "
+            "evaluation, without it: where memory is short give a smaller batch_size or batch_tokens.",
+            stacklevel=3,
+        )
 
 
 def _my_work(n: int, shards: Shards | None, batches_of: Callable) -> list[tuple[int, int, list[list[int]]]]:
@@ -177,90 +266,58 @@ def reference_gradients(
     layers: Layers = None,
 ) -> GradientStore:
     """The oracle: one example, one plain ``backward()``, read ``.grad``. As `per_sample_gradients`, but slow."""
+    dataset = as_sequence(dataset)
     weights = trainable_layers(model, layers)
+    check_adapters(model, weights)
+    check_at_hand(model)
     collate_fn = collate_fn or default_collate
     device = next(model.parameters()).device
-    kept = {parameter: parameter.grad for parameter in model.parameters()}
     gradients = {name: [] for name in weights}
-    with _evaluating(model), torch.enable_grad():
+    with _frozen(model) as as_found:
+        for parameter, required in as_found.items():
+            parameter.requires_grad_(required)
         for index in range(len(dataset)):
-            for parameter in model.parameters():
+            for parameter in as_found:
                 parameter.grad = None
             loss_fn(model, send_to_device(collate_fn([dataset[index]]), device)).sum().backward()
             for name, weight in weights.items():
-                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.to_dense()
                 gradients[name].append(gradient.detach().flatten().cpu())
-    for parameter, gradient in kept.items():
-        parameter.grad = gradient
     return GradientStore({name: torch.stack(rows) for name, rows in gradients.items()})
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and convolutions in TensorFloat-32, which has 10 bits, off, and back on where they were on."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    cudnn = torch.backends.cudnn
-    as_it_is = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+def _frozen(model: nn.Module) -> Iterator[dict[nn.Parameter, bool]]:
+    """Within, no parameter requires a gradient, so that autograd computes none of a weight, and the model is
+    evaluated. Yields what each parameter required; all of that, and ``.grad``, is as before on leaving."""
+    parameters = list(model.parameters())
+    as_found = {parameter: parameter.requires_grad for parameter in parameters}
+    kept = {parameter: parameter.grad for parameter in parameters}
     try:
-        with cudnn.flags(**as_it_is, allow_tf32=False):
-            yield
+        for parameter in as_found:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            yield as_found
     finally:
-        for module in training:
-            module.training = True
+        for parameter, required in as_found.items():
+            parameter.requires_grad_(required)
+            parameter.grad = kept[parameter]
 
 
 @contextmanager
-def _recording(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], rows_per_example: int, parts: int
-) -> Iterator[Callable]:
-    """Yield ``differentiate(loss_fn, batch, examples) -> losses, {layer: (examples, d_l)}``; the model is restored on
-    leaving.
-
-    An example is `rows_per_example` rows of the model's batch; their gradients are summed (`parts` 1) or stand side by
-    side (`parts` as many).
-
-    Every parameter is frozen, so that autograd computes no weight gradient at all. The graph begins where the first
-    recorded module's output is made to require a gradient; nothing below it is differentiated.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = next(model.parameters()).device
-    recorder = Recorder(model, weights, rows_per_example, parts)
-
-    def differentiate(loss_fn: LossFn, batch: Mapping, examples: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        size = len(examples)
-        with recorder.batch_of(size) as found:
-            losses = loss_fn(model, send_to_device(batch, device))
-            _check_shape(losses, size)
-            losses.sum().backward()
-        if doubtful := recorder.doubtful(found):
-            check_finite(losses, examples)
-            recorder.verify(doubtful, lambda: loss_fn(model, send_to_device(batch, device))[0])
-        return losses.detach(), {
-            name: found[name] if name in found else weight.new_zeros(size, parts * weight.numel())
-            for name, weight in weights.items()
-        }
-
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch off, and back on where they were on: dropout; convolutions in TensorFloat-32, which has 10 bits; and
+    torch's fused attention for inference, which goes around the modules and so around their adapters."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    cudnn, fused = torch.backends.cudnn, torch.backends.mha.get_fastpath_enabled()
+    as_it_is = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with _evaluating(model), torch.enable_grad():
-            yield differentiate
+        torch.backends.mha.set_fastpath_enabled(False)
+        with cudnn.flags(**as_it_is, allow_tf32=False):
+            yield
     finally:
-        recorder.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _check_shape(losses: Tensor, size: int) -> None:
-    """Refuse a loss that is not one number per example."""
-    if losses.shape != (size,):
-        raise ValueError(
-            f"loss_fn must return one loss per example, shape ({size},), not {tuple(losses.shape)}: "
-            "compute it with reduction='none'."
-        )
-    if not losses.requires_grad:
-        raise ValueError(
-            "The loss does not depend on any of the layers through their modules, or loss_fn computes it without "
-            "gradients."
-        )
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, was in training.items():
+            module.training = was

@@ -1,156 +1,198 @@
-"""What a forward and a backward pass tell of every example's gradients: the hooks, and a check of what they miss."""
+"""What a forward and a backward pass tell of every example's gradients: the hooks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from datainf.gradients.functional import functional_gradients, tensors_in
 from datainf.gradients.layers import is_matrix, owners, row_gradients
-
-TOLERANCE = 0.05
-"""The part of a gradient by which rounding, in bfloat16 at worst, may set two computations of it apart."""
 
 
 class Recorder:
     """Hooks on the modules through which the layers act, and what they have recorded.
 
     A batch is `size` examples, each of `rows_per_example` rows of the model's batch. An example's gradients are summed
-    over its rows (`parts` 1) or stand side by side (`parts` as many).
+    over its rows (`parts` 1) or stand side by side (`parts` as many). Recording changes nothing of what the model
+    computes: where a graph is to begin, the module's output is a copy of the graph's first leaf, which may be written
+    to in place.
+
+    Attributes:
+        found: layer -> (size, d_l), for every layer that the last batch's passes reached.
+        broken: layer -> why the last batch's passes cannot tell its gradients apart.
+        expanded: the modules of which what they compute once for all rows, such as the embeddings of positions, was
+            handed on once for each row.
+        only_these_expand: whether no others will be.
+        types: the types of numbers that went through the modules.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], rows_per_example: int, parts: int):
-        self.weights, self.rows_per_example, self.parts = weights, rows_per_example, parts
-        self.listening, self.size = False, 0
+        self.model, self.weights, self.rows_per_example, self.parts = model, weights, rows_per_example, parts
+        self.listening, self.size, self.only_these_expand = False, 0, False
         self.found: dict[str, Tensor] = {}
-        self.pending: list[Callable[[], dict[str, Tensor]]] = []
-        self.unverified: set[str] = set()
-        self.unused: set[str] = set()
-        self.handles = []
-        for owner, names in owners(model, weights).items():
-            if is_matrix(owner, names):
-                hook = partial(self._matrix_hook, names["weight"])
-            else:
-                hook = partial(self._functional_hook, names)
-                self.unverified.update(names.values())
-            self.handles.append(owner.register_forward_hook(hook, with_kwargs=True))
+        self.broken: dict[str, str] = {}
+        self.expanded: set[nn.Module] = set()
+        self.types: set[torch.dtype] = set()
+        self._pending: list[tuple[list[str], Callable[[], dict[str, Tensor]]]] = []
+        self._not_cut: set[tuple[nn.Module, int]] = set()
+        self._handles: list = []
 
-    def remove(self) -> None:
+    def __enter__(self) -> "Recorder":
+        try:
+            for owner, names in owners(self.model, self.weights).items():
+                if is_matrix(owner, names):
+                    hook = partial(self._matrix_hook, names["weight"])
+                else:
+                    hook = partial(self._functional_hook, names)
+                self._handles.append(owner.register_forward_hook(hook, with_kwargs=True))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
         """Take the hooks off the model."""
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
 
     @contextmanager
-    def batch_of(self, size: int) -> Iterator[dict[str, Tensor]]:
-        """A forward and a backward pass within give, on leaving, layer -> (size, d_l) for every layer they reached."""
+    def batch_of(self, size: int) -> Iterator[None]:
+        """Record a forward and a backward pass within; on leaving, `found` and `broken` are of this batch."""
         self.listening, self.size = True, size
-        self.found, self.pending = {}, []
+        self.start_anew()
         try:
-            yield self.found
-            self.listening = False  # Modules that run again are not to be recorded again.
-            while self.pending:
-                for name, gradients in self.pending.pop()().items():
-                    self._add(name, gradients)
+            yield
+            self.finish()
         finally:
-            self.listening, self.pending = False, []
+            self.listening, self._pending = False, []
 
-    def doubtful(self, found: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-        """The layers yet to be compared with plain autograd: those that are no plain matrices, and those of which a
-        batch has found nothing."""
-        missing = self.weights.keys() - found.keys() - self.unused
-        return {name: weight for name, weight in self.weights.items() if name in self.unverified | missing}
+    def start_anew(self) -> None:
+        """Forget what was found, before another backward pass."""
+        self.found, self.broken, self._pending = {}, {}, []
 
-    def verify(self, doubtful: Mapping[str, nn.Parameter], first_loss: Callable[[], Tensor]) -> None:
-        """Compare doubtful layers with plain autograd, once.
-
-        Of a layer that acts on the batch through its own module alone, the gradient of the first example's loss is
-        found in the first row, and nothing in the others.
-
-        Args:
-            first_loss: the loss of the batch's first example, in a forward pass of the whole batch.
-
-        Raises:
-            ValueError: a layer does not.
-        """
-        try:
-            for weight in doubtful.values():
-                weight.requires_grad_(True)
-            with self.batch_of(self.size) as found:
-                truth = torch.autograd.grad(first_loss(), list(doubtful.values()), allow_unused=True)
-        finally:
-            for weight in doubtful.values():
-                weight.requires_grad_(False)
-        largest = max((gradient.norm().item() for gradient in truth if gradient is not None), default=0)
-        for name, gradient in zip(doubtful, truth, strict=True):
-            if not self._agrees(found.get(name), gradient, floor=1e-4 * largest):
-                raise ValueError(
-                    f"Layer {name!r} acts other than through its module on every row of the batch by itself, so its "
-                    "per-sample gradient cannot be told apart: leave it out by `layers`."
-                )
-        self.unused |= doubtful.keys() - found.keys()
-        self.unverified = set()
-
-    def _agrees(self, found: Tensor | None, truth: Tensor | None, floor: float) -> bool:
-        """Whether what is found of a layer is the first example's true gradient, None if the layer is not used."""
-        if found is None:
-            return truth is None
-        excess = found.view(self.size, self.parts, -1).sum(dim=1)
-        if truth is not None:
-            excess[0] -= truth.flatten()
-            floor += TOLERANCE * truth.norm().item()
-        return excess.norm().item() <= floor
+    def finish(self) -> None:
+        """Run the modules again that are to be run on each row, after the backward pass."""
+        self.listening = False  # Modules that run again are not to be recorded again.
+        while self._pending:
+            names, gradients_of = self._pending.pop()
+            try:
+                found = gradients_of()
+            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+                if should_reduce_batch_size(error):
+                    raise
+                self._break(names, f"its module does not run on one row alone ({first_line(error)})")
+                continue
+            for name, gradients in found.items():
+                self._add(name, gradients)
+        self.listening = True
 
     def _add(self, name: str, gradients: Tensor) -> None:
         """Gradients (size * parts, d); a weight used twice in a forward pass contributes the sum of its uses."""
         values = gradients.view(self.size, -1)
         self.found[name] = self.found[name] + values if name in self.found else values
 
-    def _check_rows(self, name: str, rows: int) -> None:
-        if rows != self.size * self.rows_per_example:
-            raise ValueError(
-                f"Layer {name!r} sees {rows} rows for a batch of {self.size} examples of {self.rows_per_example} each: "
-                "it mixes examples, so its per-sample gradient cannot be told apart."
-            )
+    def _break(self, names, why: str) -> None:
+        self.broken |= dict.fromkeys(names, why)
 
-    def _matrix_hook(self, name: str, module: nn.Module, args: tuple[Tensor], kwargs: dict, output: Tensor) -> None:
+    @property
+    def _rows(self) -> int:
+        return self.size * self.rows_per_example
+
+    def _sees_other_rows(self, names, rows: int) -> bool:
+        """Whether a module sees another number of rows than the batch has; if so, the layers are broken."""
+        if rows == self._rows:
+            return False
+        each = "" if self.rows_per_example == 1 else f" of {self.rows_per_example} rows each"
+        self._break(names, f"its module sees {rows} rows for a batch of {self.size} examples{each}")
+        return True
+
+    def _matrix_hook(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """Keep the input; when the output's gradient comes, contract the two."""
         if not self.listening:
-            return
-        inputs = args[0].detach()
+            return None
+        (inputs,) = (tensor.detach() for tensor in (*args, *kwargs.values()))
+        version = inputs._version
+        self.types.update((inputs.dtype, output.dtype))
 
         def receive(gradient: Tensor) -> None:
-            self._check_rows(name, len(inputs))
-            self._add(name, row_gradients(module, inputs, gradient, self.size * self.parts))
+            if inputs._version != version:
+                self._break([name], "what goes into its module is changed in place afterwards")
+            elif not self._sees_other_rows([name], len(inputs) if inputs.dim() > 1 else 0):
+                self._add(name, row_gradients(module, inputs, gradient, self.size * self.parts))
 
-        if not output.requires_grad:
-            output.requires_grad_()
-        output.register_hook(receive)
+        if output.requires_grad:
+            output.register_hook(receive)
+            return None
+        leaf = output.detach().requires_grad_()
+        leaf.register_hook(receive)
+        return leaf.clone()
 
     def _functional_hook(self, names: Mapping[str, str], module: nn.Module, args: tuple, kwargs: dict, output):
         """Keep the arguments; when the output's gradients have come, leave the module to be run again on each row."""
         if not self.listening:
             return None
         arguments = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        leaves = tree_leaves(arguments)
+        of_rows = [isinstance(leaf, Tensor) and leaf.shape[:1] == (self._rows,) for leaf in leaves]
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.shape[:1] not in ((self._rows,), (1,)):
+                self._not_cut.add((module, place))  # Its first dimension is not the batch, whatever it once equals.
+        is_cut = [rows and (module, place) not in self._not_cut for place, rows in enumerate(of_rows)]
+        versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves]
+        self.types.update(leaf.dtype for leaf in (*leaves, *tensors_in(output)) if isinstance(leaf, Tensor))
+        cast = _autocast_as_it_is(next(iter(module.parameters())).device.type)
 
         def receive(gradients: Sequence[Tensor | None]) -> None:
-            for gradient in gradients:
-                if gradient is not None:
-                    self._check_rows(next(iter(names.values())), len(gradient))
+            if [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves] != versions:
+                self._break(names.values(), "what goes into its module is changed in place afterwards")
+                return
+            if any(
+                g is not None and self._sees_other_rows(names.values(), len(g) if g.dim() else 0) for g in gradients
+            ):
+                return
             parts = self.size * self.parts
-            self.pending.append(partial(functional_gradients, module, names, self.weights, arguments, gradients, parts))
+            arguments_of = (module, names, self.weights, arguments, is_cut, gradients, parts)
 
-        output = tree_map_only(Tensor, self._of_every_row, output)
-        register_multi_grad_hook(tensors_in(output), receive)
+            def again() -> dict[str, Tensor]:
+                with cast():
+                    return functional_gradients(*arguments_of)
+
+            self._pending.append((list(names.values()), again))
+
+        begins: list[tuple[Tensor, Tensor]] = []
+
+        def of_every_row(tensor: Tensor) -> Tensor:
+            """The output, requiring a gradient, which is to come back for every row by itself."""
+            if not tensor.is_floating_point():
+                return tensor
+            may_expand = module in self.expanded or not self.only_these_expand
+            if may_expand and tensor.shape[:1] == (1,) and self._rows > 1 and not any(of_rows):
+                self.expanded.add(module)
+                tensor = tensor.expand(self._rows, *tensor.shape[1:])
+            if tensor.requires_grad:
+                begins.append((tensor, tensor))
+                return tensor
+            leaf = tensor.detach().requires_grad_()
+            begins.append((leaf, leaf.clone()))
+            return begins[-1][1]
+
+        output = tree_map_only(Tensor, of_every_row, output)
+        if begins:
+            register_multi_grad_hook([leaf for leaf, _ in begins], receive)
         return output
 
-    def _of_every_row(self, output: Tensor) -> Tensor:
-        """The output, requiring a gradient, which is to come back for every row by itself."""
-        if not output.is_floating_point():
-            return output
-        if output.shape[:1] == (1,):  # Of position embeddings, say: computed once for all rows.
-            output = output.expand(self.size * self.rows_per_example, *output.shape[1:])
-        return output if output.requires_grad else output.detach().requires_grad_()
+
+def _autocast_as_it_is(device_type: str) -> Callable:
+    """Makes the context in which lower precision is on or off as it is now."""
+    state = {"enabled": torch.is_autocast_enabled(device_type), "dtype": torch.get_autocast_dtype(device_type)}
+    return partial(torch.autocast, device_type, **state)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,6 +1,6 @@
 """Per-sample gradients of n examples, in memory or on disk: `GradientStore`. What lies on disk are its `shards`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,12 @@ class GradientStore(Mapping[str, Tensor]):
 
     Made by `per_sample_gradients`, by ``GradientStore({name: tensor, ...})``, or by `GradientStore.load`.
     From a store on disk ``store[name]`` reads a whole layer into memory; `rows` reads it block by block.
+
+    Attributes:
+        skipped: the numbers of the examples that were left out of the dataset, and have no row.
     """
 
-    def __init__(self, layers: Mapping[str, Tensor]):
+    def __init__(self, layers: Mapping[str, Tensor], skipped: Sequence[int] = ()):
         lengths = {len(gradients) for gradients in layers.values()}
         if len(lengths) != 1:
             raise ValueError(f"All layers of a store must have the same number of rows, not {sorted(lengths)}.")
@@ -28,6 +31,7 @@ class GradientStore(Mapping[str, Tensor]):
         self.n = lengths.pop()
         self.dtype = next(iter(layers.values())).dtype
         self.folder: Path | None = None
+        self.skipped = tuple(skipped)
 
     @classmethod
     def load(cls, folder: str | Path) -> "GradientStore":
@@ -51,6 +55,7 @@ class GradientStore(Mapping[str, Tensor]):
         store = cls.__new__(cls)
         store._layers, store._widths = None, shards.widths
         store.n, store.dtype, store.folder, store._shards = shards.n, shards.dtype, folder, shards
+        store.skipped = tuple(map(int, filter(None, shards.manifest["identity"].get("skipped", "").split(", "))))
         return store
 
     def save(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> "GradientStore":
@@ -61,7 +66,8 @@ class GradientStore(Mapping[str, Tensor]):
         """
         if (place(folder) / MANIFEST).exists() and not Shards.open(folder).missing():
             raise FileExistsError(f"{folder} holds a gradient store already: choose another folder or delete it.")
-        shards = Shards.create(folder, self.n, self._widths, self.dtype, shard_bytes=shard_bytes)
+        about = {"skipped": ", ".join(map(str, self.skipped))}
+        shards = Shards.create(folder, self.n, self._widths, self.dtype, shard_bytes=shard_bytes, identity=about)
         for index in shards.missing():
             shards.write(index, {name: self.rows(name).tensor(slice(*shards.bounds(index))) for name in self})
         return self.load(folder)

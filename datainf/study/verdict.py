@@ -47,8 +47,9 @@ LESSONS = {  # what names a row of a lesson's record, and its numbers
     "table1_complexity": (["sweep", "size", "method"], ["peak_bytes"]),
     "memory_budget": (["method", "budget_mb"], ["peak_mb"]),
 }
-INPUTS = {"model_revision": "model", "data_revision": "data"}
-"""Columns by which one base and one dataset are known."""
+SETTINGS = ["n_train", "epochs", "learning_rate", "batch_size", "damping", "layers"]
+INPUTS = {"model_revision": "model", "data_revision": "data"} | {name: name for name in SETTINGS}
+"""Columns by which a run's base, data and settings are known."""
 ENVIRONMENT = ["device", "threads", "python", "torch", "transformers", "peft", "diffusers", "datasets"]
 """Columns by which one machine with one environment is known."""
 
@@ -81,8 +82,8 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether it is of the same models and data, nothing is missing, and no more is outside its tolerance than one
-        in a hundred."""
+        """Whether models, data and settings are the same, nothing is missing, and no more is outside its tolerance than
+        one in a hundred."""
         status = pd.concat([self.numbers["status"], self.claims["status"]])
         return not self.others and not (status == MISSING).any() and (status == OUTSIDE).mean() <= 1 - CONFIDENCE
 
@@ -148,7 +149,7 @@ def _made_by(records: Mapping[str, pd.DataFrame]) -> pd.Series:
 
 
 def _other_inputs(theirs: Mapping, mine: Mapping) -> list[str]:
-    """Of which bases or data other revisions were run than are published."""
+    """Which bases, data or settings are not those that are published."""
     found = []
     for name in sweep.EXPERIMENTS:
         for column, what in INPUTS.items():

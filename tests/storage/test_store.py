@@ -95,28 +95,29 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
+CALLS = []
+
+
+def dies_at_the_eighth(model, batch):
+    CALLS.append(len(batch["labels"]))
+    if len(CALLS) == 8:
+        raise KeyboardInterrupt
+    return classification(model, batch)
+
+
 def test_extraction_resumes_from_whole_shards(tmp_path, make_model, token_examples, pad_collate):
     model, arguments = make_model("roberta"), {"collate_fn": pad_collate, "batch_size": 4, "shard_examples": 1}
     whole = datainf.per_sample_gradients(model, token_examples, classification, store=tmp_path / "whole", **arguments)
-    calls = []
-
-    def dies_at_the_sixth(model, batch):
-        calls.append(len(batch["labels"]))
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return classification(model, batch)
-
-    # The store knows the loss by its name; here it is the same loss, interrupted.
-    dies_at_the_sixth.__qualname__ = classification.__qualname__
+    CALLS.clear()
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        datainf.per_sample_gradients(model, token_examples, dies_at_the_sixth, store=cut, **arguments)
-    assert len(list(cut.glob("shard-*"))) == 5
-    resumed = datainf.per_sample_gradients(model, token_examples, dies_at_the_sixth, store=cut, **arguments)
-    assert len(calls) == 12 + 1
+        datainf.per_sample_gradients(model, token_examples, dies_at_the_eighth, store=cut, **arguments)
+    assert len(list(cut.glob("shard-*"))) == 5  # two calls compare an example with plain training
+    resumed = datainf.per_sample_gradients(model, token_examples, dies_at_the_eighth, store=cut, **arguments)
+    assert len(CALLS) == 8 + 2 + 7
     assert equal(resumed, whole)
-    datainf.per_sample_gradients(model, token_examples, dies_at_the_sixth, store=cut, **arguments)
-    assert len(calls) == 12 + 1  # complete: nothing is computed again
+    datainf.per_sample_gradients(model, token_examples, dies_at_the_eighth, store=cut, **arguments)
+    assert len(CALLS) == 8 + 2 + 7  # complete: nothing is computed again
 
 
 def test_gradients_of_something_else_are_refused(tmp_path, make_model, token_examples, pad_collate):
