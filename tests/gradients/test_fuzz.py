@@ -3,7 +3,7 @@
 import os
 import random
 
-from gradients.fuzz import fuzz
+from tests.gradients.fuzz import fuzz
 
 SECONDS = 60
 
