@@ -59,9 +59,13 @@ class NotFiniteError(InputError):
 
 
 def batches(
-    dataset: Sequence, start: int, stop: int, *, batch_size: int, batch_tokens: int | None
+    dataset: Sequence, start: int, stop: int, *, batch_size: int, batch_tokens: int | None, mixed: bool = False
 ) -> Iterator[list[int]]:
-    """Batches of the examples start..stop-1: like lengths together, the longest first, where memory is shortest."""
+    """Batches of the examples start..stop-1: like lengths together, the longest first, where memory is shortest.
+
+    Args:
+        mixed: let the first batch of several examples end with a shorter one, by which is seen what padding does.
+    """
     for name, size in {"batch_size": batch_size, "batch_tokens": batch_tokens}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}.")
@@ -69,6 +73,11 @@ def batches(
     indices = sorted(lengths, key=lambda index: -lengths[index])
     while indices:
         count = max(1, batch_tokens // max(1, lengths[indices[0]])) if batch_tokens else batch_size
+        if mixed and count > 1:
+            shorter = [place for place in range(count, len(indices)) if lengths[indices[place]] < lengths[indices[0]]]
+            if shorter:
+                indices.insert(count - 1, indices.pop(shorter[len(shorter) // 2]))
+            mixed = False
         yield indices[:count]
         indices = indices[count:]
 

@@ -1,9 +1,9 @@
 """The gradients of a batch's examples: by the hooks where they are seen to be right, else one example at a time.
 
-What the hooks record is compared with real training: the loss of one example alone, ``backward()``, ``.grad``. Before
-the first batch this is done for every layer with a few examples of different lengths in one batch, and later for a
-layer that appears, or stays away, for the first time. A layer that disagrees is taken one example at a time from then
-on, which is slow and right. A loss that is another in a batch than alone is no example's own, and is refused.
+What the hooks record is compared with real training: the loss of one example alone, ``backward()``, ``.grad``. In the
+first batch this is done for every layer, with three examples of different lengths, and later for a layer that appears,
+or stays away, for the first time. A layer that disagrees is taken one example at a time from then on, which is slow and
+right. A loss that is another in a batch than alone is no example's own, and is refused.
 """
 
 import warnings
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.utils import send_to_device
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from datainf.errors import InputError
 from datainf.gradients.batches import check_finite
-from datainf.gradients.recording import Recorder
+from datainf.gradients.recording import Recorder, first_line
 
 Indices = Sequence[int]
 
@@ -27,8 +27,9 @@ LOW = (0.05, 5e-4)
 """The same where something computes in half precision, in 8 or 4 bit, or in TensorFloat-32."""
 
 
-TRIED = 8
-"""So many examples are looked at for one that is unlike those at hand."""
+class SeenOtherwise(Exception):
+    """A layer that was right in batches before cannot be told apart in another: those before may have been right by
+    chance, and are to be done again."""
 
 
 class Differentiator:
@@ -58,27 +59,54 @@ class Differentiator:
         self.idle: set[str] = set(weights)  # of which no gradient was seen yet
         self.sometimes: set[str] = set()  # seen, and rightly without a gradient in some batch
         self.slow: dict[str, str] = {}  # layer -> why it is taken one example at a time
+        self.compared = 0  # how many examples the largest batch had in which all layers were compared
 
     def __call__(self, indices: Indices) -> tuple[Tensor, dict[str, Tensor]]:
+        """As above.
+
+        Raises:
+            ValueError: a loss is not an example's own or depends on no layer; the rows of an example are to be told
+                apart in a layer that is slow.
+            SeenOtherwise: start anew; what is to be slow is known now.
+        """
         if self.slow.keys() == self.weights.keys():
             alone = [self._alone(index) for index in indices]
             losses, values = torch.stack([loss for loss, _ in alone]), self._stacked(alone, self.slow)
             return self._finite(losses, values), values
         losses, found, broken = self._recorded(indices)
-        self._fall_back(broken)
-        appear = [name for name in found.keys() & self.idle - self.slow.keys() if found[name].any()]
-        stay_away = self.seen - found.keys() - self.sometimes - self.slow.keys()
-        if appear or stay_away:
+        if names := self._to_compare(found, len(indices)):
+            alone = {place: self._alone(indices[place]) for place in self._places(found, names, len(indices))}
+            if self.recorder.expanded and not self.recorder.only_these_expand:
+                if not all(self._same(losses[place], loss) for place, (loss, _) in alone.items()):
+                    losses, found, broken = self._unexpanded(indices)
             check_finite(losses, indices)
-            names = [*appear, *stay_away]
-            places = self._telling(found, appear, len(indices))
-            alone = {place: self._alone(indices[place]) for place in places}
+            self._fall_back(broken)
+            names = [name for name in names if name not in self.slow]
             self._compare(indices, losses, found, names, alone)
-            self.sometimes |= stay_away
+            self.sometimes |= self.seen & set(names) - found.keys()
+        self.recorder.only_these_expand = True
+        late = broken.keys() & self.seen - self.slow.keys()
+        self._fall_back(broken)
+        if late:
+            raise SeenOtherwise
         values = {name: found[name] if name in found else self._zeros(name, len(indices)) for name in self.weights}
         if self.slow:
             values |= self._stacked([self._alone(index) for index in indices], self.slow)
         return self._finite(losses, values), values
+
+    def _to_compare(self, found: Mapping[str, Tensor], size: int) -> list[str]:
+        """All layers in the first batch, and in the first of several examples; later those that appear or stay away."""
+        if min(size, 2) > self.compared:
+            self.compared = min(size, 2)
+            return [name for name in self.weights if name not in self.slow]
+        appear = [name for name in found.keys() & self.idle - self.slow.keys() if found[name].any()]
+        return [*appear, *(self.seen - found.keys() - self.sometimes - self.slow.keys())]
+
+    def _places(self, found: Mapping[str, Tensor], names: Sequence[str], size: int) -> list[int]:
+        """Places in the batch of which these layers say much: both ends, and the one with the largest gradients."""
+        norms = sum(found[name].float().norm(dim=1) for name in names if name in found)
+        most = int(torch.argmax(norms[1:-1])) + 1 if isinstance(norms, Tensor) and size > 2 else 0
+        return sorted({0, most, size - 1})
 
     def losses(self, indices: Indices) -> Tensor:
         """The losses alone, shape (k,)."""
@@ -90,81 +118,9 @@ class Differentiator:
         largest = torch.stack([gradients.abs().amax(dim=1).to(losses) for gradients in values.values()])
         return torch.where(largest.isfinite().all(dim=0), losses, torch.nan)
 
-    def check(self, batches: Sequence[Indices]) -> None:
-        """Compare every layer, before the work is begun, with examples of these batches.
-
-        Raises:
-            ValueError: the loss of an example is not its own, is not finite, or depends on no layer.
-        """
-        alone = self._few(batches)
-        try:
-            self._check(alone)
-        except Exception as error:
-            if len(alone) == 1 or not should_reduce_batch_size(error):
-                raise
-        else:
-            return
-        # Outside the except clause, where the failed pass's tensors are no longer held. The two shortest, then.
-        clear_device_cache(garbage_collection=True)
-        self._check({index: self._alone(index) for index in batches[-1][-2:]})
-
-    def _check(self, alone: Mapping[int, tuple[Tensor, dict[str, Tensor]]]) -> None:
-        few = list(alone)
-        try:
-            losses, found, broken = self._recorded(few)
-            right = all(self._same(mine, true) for mine, (true, _) in zip(losses, alone.values(), strict=True))
-        except (RuntimeError, ValueError, IndexError) as error:
-            if not self.recorder.expanded or should_reduce_batch_size(error):
-                raise
-            right = False
-        if self.recorder.expanded and not right:
-            # The model wants what it computes once for all rows as it is; then it cannot be told apart by rows.
-            self.recorder.expanded = set()
-            self.recorder.only_these_expand = True
-            losses, found, broken = self._recorded(few)
-        self.recorder.only_these_expand = True
-        check_finite(losses, few)
-        self._fall_back(broken)
-        names = [name for name in self.weights if name not in self.slow]
-        self._compare(few, losses, found, names, dict(enumerate(alone.values())))
-
-    def _few(self, batches: Sequence[Indices]) -> dict[int, tuple[Tensor, dict[str, Tensor]]]:
-        """Examples as unlike as there are, and what `_alone` gives of them: the longest, which comes first, the
-        shortest and one from the middle, with different losses; no more of them than the largest batch has."""
-        in_order = [index for indices in batches for index in indices]
-        chosen = {in_order[0]: self._alone(in_order[0])}
-        most, middle = max(map(len, batches)), len(in_order) // 2
-        if most == 1:
-            return chosen
-        for candidates in ([*in_order[:0:-1]], [*in_order[middle:], *in_order[middle - 1 : 0 : -1]])[: most - 1]:
-            for index in [index for index in candidates if index not in chosen][:TRIED]:
-                if self._collates([*chosen, index]):
-                    alone = self._alone(index)
-                    if all(alone[0] != loss for loss, _ in chosen.values()):
-                        chosen[index] = alone
-                        break
-        if len(chosen) == 1:  # all are alike, or of lengths that do not go together
-            chosen = {index: self._alone(index) for index in max(batches, key=len)[:2]}
-        return chosen
-
-    def _telling(self, found: Mapping[str, Tensor], names: Sequence[str], size: int) -> set[int]:
-        """Two places in the batch of which these layers say much: with the largest gradients, and an end of it."""
-        norms = sum(found[name].float().norm(dim=1) for name in names)
-        most = int(torch.argmax(norms)) if names else 0
-        return {most, 0 if most else size - 1}
-
-    def _collates(self, few: Indices) -> bool:
-        """Whether they can share a batch, which examples of different lengths without padding cannot."""
-        try:
-            self.collate_fn([self.dataset[index] for index in few])
-        except (RuntimeError, ValueError, TypeError):
-            return False
-        return True
-
     def _loss(self, indices: Indices) -> Tensor:
         """The losses of some examples together, in a batch that nobody else holds."""
-        batch = send_to_device(self.collate_fn([self.dataset[index] for index in indices]), self.device)
-        losses = self.loss_fn(self.model, batch)
+        losses = self.loss_fn(self.model, send_to_device(self._batch(indices), self.device))
         if not isinstance(losses, Tensor) or losses.shape != (len(indices),):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
@@ -173,14 +129,40 @@ class Differentiator:
             )
         return losses
 
+    def _batch(self, indices: Indices) -> Mapping:
+        examples = [self.dataset[index] for index in indices]
+        try:
+            return self.collate_fn(examples)
+        except (RuntimeError, ValueError, TypeError) as error:
+            first = examples[0] if isinstance(examples[0], Mapping) else {}
+            texts = [name for name, value in first.items() if isinstance(value, str)]
+            if not texts:
+                raise
+            raise InputError(
+                f"collate_fn makes no batch of examples with text in {', '.join(map(repr, texts))} "
+                f"({first_line(error)}): remove what is not meant for the model, as by dataset.remove_columns({texts})."
+            ) from error
+
     def _recorded(self, indices: Indices) -> tuple[Tensor, dict[str, Tensor], dict[str, str]]:
         """The losses, what the hooks found, and what they could not tell apart."""
-        with self.recorder.batch_of(len(indices)):
-            losses = self._loss(indices)
-            if losses.requires_grad:
-                losses.sum().backward()
-        self._leave_no_trace()
+        try:
+            with self.recorder.batch_of(len(indices)):
+                losses = self._loss(indices)
+                if losses.requires_grad:
+                    losses.sum().backward()
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not self.recorder.expanded or self.recorder.only_these_expand or should_reduce_batch_size(error):
+                raise
+            return self._unexpanded(indices)
+        finally:
+            self._leave_no_trace()
         return losses.detach(), self.recorder.found, self.recorder.broken
+
+    def _unexpanded(self, indices: Indices) -> tuple[Tensor, dict[str, Tensor], dict[str, str]]:
+        """As `_recorded`, of a model that wants what it computes once for all rows as it is: that cannot be told apart
+        by rows then."""
+        self.recorder.expanded, self.recorder.only_these_expand = set(), True
+        return self._recorded(indices)
 
     def _alone(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """An example's loss and gradients as in real training, by itself in a batch: the truth."""

@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from torch.utils.data import default_collate
 
 from datainf import processes
 from datainf.errors import InputError
-from datainf.gradients.batches import Landing, NotFiniteError, as_sequence, batches, halving, without_labels
-from datainf.gradients.checking import Differentiator
+from datainf.gradients.batches import Landing, NotFiniteError, as_sequence, batches, halving, length, without_labels
+from datainf.gradients.checking import Differentiator, SeenOtherwise
 from datainf.gradients.identity import identity
 from datainf.gradients.layers import Layers, check_adapters, trainable_layers
 from datainf.gradients.recording import Recorder
@@ -107,11 +107,11 @@ def per_sample_gradients(
     widths = {name: parts * weight.numel() for name, weight in weights.items()}
     collate_fn = collate_fn or default_collate
     batching = {"batch_size": batch_size, "batch_tokens": batch_tokens}
-    of_all = list(batches(dataset, 0, len(dataset), **batching))
+    batching["mixed"] = _go_together(dataset, collate_fn)
     bad, skipped = without_labels(dataset, range(len(dataset))), []
     if on_bad == "skip":
-        arguments = (model, dataset, loss_fn, collate_fn, weights)
-        skipped = _without_loss(*arguments, [[i for i in indices if i not in set(bad)] for indices in of_all], bad)
+        of_all = batches(dataset, 0, len(dataset), **batching)
+        skipped = _without_loss(model, dataset, loss_fn, collate_fn, weights, of_all, set(bad))
         dataset = _Some(dataset, sorted(set(range(len(dataset))) - set(skipped)))
     elif bad:
         raise NotFiniteError(bad)
@@ -137,29 +137,60 @@ def per_sample_gradients(
         _frozen(model) as as_found,
         Recorder(model, weights, rows_per_example, parts) as recorder,
         bar(total=examples, desc="per-sample gradients", unit="example") as progress,
-        ExitStack() as stack,
     ):
         differentiate = Differentiator(model, dataset, loss_fn, collate_fn, weights, recorder, as_found)
         mine = [indices for _, _, batches_here in work for indices in batches_here]
-        stack.enter_context(_naming_all(differentiate, mine))
-        if mine:
-            differentiate.check(mine)
-        began = time.monotonic()
-        for start, stop, batches_here in work:
-            gradients = {name: torch.zeros(stop - start, d, dtype=dtype) for name, d in widths.items()}
+        with _naming_all(differentiate, mine):
+            while (gradients := _taken(differentiate, work, widths, dtype, shards, progress, what)) is None:
+                progress.reset()
+    if shards is None:
+        return GradientStore({name: processes.add_up(gradients.pop(name)) for name in widths}, skipped)
+    processes.wait()
+    return GradientStore.load(store)
+
+
+def _taken(
+    differentiate: Differentiator,
+    work: list,
+    widths: Mapping[str, int],
+    dtype: torch.dtype,
+    shards,
+    progress,
+    what: str,
+) -> dict[str, Tensor] | None:
+    """Layer -> the gradients of the work's last stretch, which without shards is all of it; None where it is to be done
+    again, since a layer cannot be told apart as it seemed."""
+    began, written, gradients = time.monotonic(), [], {}
+    for start, stop, batches_here in work:
+        gradients = {name: torch.zeros(stop - start, d, dtype=dtype) for name, d in widths.items()}
+        try:
             with Landing(gradients, start) as landing:
                 for indices in batches_here:
                     for part, (losses, values) in halving(indices, differentiate):
                         landing.put(part, losses, values)
                         if progress.n == 0:
-                            say_if_long(what, len(part) / examples, time.monotonic() - began)
+                            say_if_long(what, len(part) / progress.total, time.monotonic() - began)
                         progress.update(len(part))
-            if shards is not None:
-                shards.write(start // shards.shard_rows, gradients)
-    if shards is None:
-        return GradientStore({name: processes.add_up(gradients.pop(name)) for name in widths}, skipped)
-    processes.wait()
-    return GradientStore.load(store)
+        except SeenOtherwise:
+            for index in written:
+                shards.path(index).unlink()
+            return None
+        if shards is not None:
+            shards.write(start // shards.shard_rows, gradients)
+            written.append(start // shards.shard_rows)
+    return gradients
+
+
+def _go_together(dataset: Sequence, collate_fn: Callable) -> bool:
+    """Whether examples of different lengths can share a batch, as those that are padded can."""
+    order = sorted(range(len(dataset)), key=lambda index: length(dataset[index]))
+    if length(dataset[order[0]]) == length(dataset[order[-1]]):
+        return False
+    try:
+        collate_fn([dataset[order[-1]], dataset[order[0]]])
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return True
 
 
 class _Some(Sequence):
@@ -175,12 +206,13 @@ class _Some(Sequence):
         return self.dataset[self.numbers[index]]
 
 
-def _without_loss(model, dataset, loss_fn, collate_fn, weights, indices_of_batches, known) -> list[int]:
+def _without_loss(model, dataset, loss_fn, collate_fn, weights, of_all, known: set[int]) -> list[int]:
     """The examples whose loss is not finite, the `known` ones among them, by a forward pass over all others."""
     rank, count = processes.rank_and_count()
     with _frozen(model) as as_found, Recorder(model, {}, 1, 1) as recorder:
         differentiate = Differentiator(model, dataset, loss_fn, collate_fn, weights, recorder, as_found)
-        mine = [indices for indices in indices_of_batches if indices][rank::count]
+        others = [[index for index in indices if index not in known] for indices in of_all]
+        mine = list(filter(None, others))[rank::count]
         return sorted({*known, *processes.collect(_not_finite(differentiate, mine))})
 
 

@@ -173,7 +173,7 @@ MIXING = {
 def test_what_mixes_examples_is_refused_and_taken_alone_where_asked(how, batch_size):
     model = Net(MIXING[how], lin=nn.Linear(4, 4))
     with pytest.raises(
-        ValueError, match=r"^The loss of example 0 is \S+ in a batch of [23] and \S+ alone, so it is not"
+        ValueError, match=r"^The loss of example 0 is \S+ in a batch of [26] and \S+ alone, so it is not"
     ) as e:
         datainf.per_sample_gradients(model, SIX, own, batch_size=batch_size)
     assert "\n" not in str(e.value) and "batch_size=1" in str(e.value)
@@ -273,7 +273,7 @@ def test_what_is_slow_is_said_once_and_rows_side_by_side_are_refused():
         return own(model, x.flatten(0, 1)).view(len(x), 2).sum(1)
 
     assert_true(model, two, rows_of_two, rows_per_example=2, slow=1)
-    with pytest.raises(ValueError, match="the rows of an example cannot be told apart, since its module sees 30 rows"):
+    with pytest.raises(ValueError, match="the rows of an example cannot be told apart, since its module sees 60 rows"):
         datainf.per_sample_gradients(model, two, rows_of_two, rows_per_example=2, concatenate=True)
 
 
@@ -612,6 +612,15 @@ def test_kinds_of_datasets(make_model, token_examples, pad_collate):
     }.values():
         with pytest.raises(ValueError, match=sentence):
             take(other)
+
+
+def test_text_that_a_collator_does_not_take_is_named(make_model, token_examples):
+    def tensors(rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    rows = [{"input_ids": [2, 3, 4], "labels": 1, "sentence": "left over"} for _ in token_examples]
+    with pytest.raises(ValueError, match=r"text in 'sentence' \(.*\): remove .*dataset.remove_columns\(\['sentence'\]"):
+        datainf.per_sample_gradients(make_model("roberta"), rows, classification, collate_fn=tensors)
 
 
 def test_an_offloaded_model_is_refused(make_model, token_examples, pad_collate):

@@ -98,9 +98,9 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 CALLS = []
 
 
-def dies_at_the_eighth(model, batch):
+def dies_at_the_seventh(model, batch):
     CALLS.append(len(batch["labels"]))
-    if len(CALLS) == 8:
+    if len(CALLS) == 7:
         raise KeyboardInterrupt
     return classification(model, batch)
 
@@ -111,13 +111,13 @@ def test_extraction_resumes_from_whole_shards(tmp_path, make_model, token_exampl
     CALLS.clear()
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        datainf.per_sample_gradients(model, token_examples, dies_at_the_eighth, store=cut, **arguments)
-    assert len(list(cut.glob("shard-*"))) == 5  # two calls compare an example with plain training
-    resumed = datainf.per_sample_gradients(model, token_examples, dies_at_the_eighth, store=cut, **arguments)
-    assert len(CALLS) == 8 + 2 + 7
+        datainf.per_sample_gradients(model, token_examples, dies_at_the_seventh, store=cut, **arguments)
+    assert len(list(cut.glob("shard-*"))) == 5  # one call compares an example with plain training
+    resumed = datainf.per_sample_gradients(model, token_examples, dies_at_the_seventh, store=cut, **arguments)
+    assert len(CALLS) == 7 + 1 + 7
     assert equal(resumed, whole)
-    datainf.per_sample_gradients(model, token_examples, dies_at_the_eighth, store=cut, **arguments)
-    assert len(CALLS) == 8 + 2 + 7  # complete: nothing is computed again
+    datainf.per_sample_gradients(model, token_examples, dies_at_the_seventh, store=cut, **arguments)
+    assert len(CALLS) == 7 + 1 + 7  # complete: nothing is computed again
 
 
 def test_gradients_of_something_else_are_refused(tmp_path, make_model, token_examples, pad_collate):
