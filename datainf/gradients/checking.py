@@ -59,6 +59,7 @@ class Differentiator:
         self.idle: set[str] = set(weights)  # of which no gradient was seen yet
         self.sometimes: set[str] = set()  # seen, and rightly without a gradient in some batch
         self.slow: dict[str, str] = {}  # layer -> why it is taken one example at a time
+        self.batches = 0  # so far
         self.compared = 0  # how many examples the largest batch had in which all layers were compared
 
     def __call__(self, indices: Indices) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,12 +96,17 @@ class Differentiator:
         return self._finite(losses, values), values
 
     def _to_compare(self, found: Mapping[str, Tensor], size: int) -> list[str]:
-        """All layers in the first batch, and in the first of several examples; later those that appear or stay away."""
+        """All layers in the first batch, and in the first of several examples; later those that appear or stay away, and
+        in the 2nd, 4th, 8th, ... batch those of which nothing was seen yet."""
+        self.batches += 1
         if min(size, 2) > self.compared:
             self.compared = min(size, 2)
             return [name for name in self.weights if name not in self.slow]
         appear = [name for name in found.keys() & self.idle - self.slow.keys() if found[name].any()]
-        return [*appear, *(self.seen - found.keys() - self.sometimes - self.slow.keys())]
+        stay_away = self.seen - found.keys() - self.sometimes - self.slow.keys()
+        power_of_two = self.batches & (self.batches - 1) == 0
+        unseen = self.idle - found.keys() - self.slow.keys() if power_of_two else set()
+        return [*appear, *stay_away, *unseen]
 
     def _places(self, found: Mapping[str, Tensor], names: Sequence[str], size: int) -> list[int]:
         """Places in the batch of which these layers say much: both ends, and the one with the largest gradients."""
@@ -156,6 +162,8 @@ class Differentiator:
             return self._unexpanded(indices)
         finally:
             self._leave_no_trace()
+        if self.recorder.copy_what_was_lost():
+            return self._recorded(indices)
         return losses.detach(), self.recorder.found, self.recorder.broken
 
     def _unexpanded(self, indices: Indices) -> tuple[Tensor, dict[str, Tensor], dict[str, str]]:

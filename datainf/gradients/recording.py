@@ -1,5 +1,6 @@
 """What a forward and a backward pass tell of every example's gradients: the hooks."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,8 @@ class Recorder:
         self.expanded: set[nn.Module] = set()
         self.types: set[torch.dtype] = set()
         self._pending: list[tuple[list[str], Callable[[], dict[str, Tensor]]]] = []
+        self._waiting: Counter[nn.Module] = Counter()
+        self._copied: set[nn.Module] = set()
         self._not_cut: set[tuple[nn.Module, int]] = set()
         self._handles: list = []
 
@@ -74,6 +77,14 @@ class Recorder:
     def start_anew(self) -> None:
         """Forget what was found, before another backward pass."""
         self.found, self.broken, self._pending = {}, {}, []
+        self._waiting.clear()
+
+    def copy_what_was_lost(self) -> bool:
+        """Whether a module's output came to nothing in the backward pass. It may have been written over in place, which
+        takes the hook off where the output is a view; from now on a copy of it is handed on."""
+        lost = {module for module, calls in self._waiting.items() if calls > 0} - self._copied
+        self._copied |= lost
+        return bool(lost)
 
     def finish(self) -> None:
         """Run the modules again that are to be run on each row, after the backward pass."""
@@ -120,17 +131,21 @@ class Recorder:
         self.types.update((inputs.dtype, output.dtype))
 
         def receive(gradient: Tensor) -> None:
+            self._waiting[module] -= 1
             if inputs._version != version:
                 self._break([name], "what goes into its module is changed in place afterwards")
             elif not self._sees_other_rows([name], len(inputs) if inputs.dim() > 1 else 0):
                 self._add(name, row_gradients(module, inputs, gradient, self.size * self.parts))
 
-        if output.requires_grad:
-            output.register_hook(receive)
-            return None
-        leaf = output.detach().requires_grad_()
-        leaf.register_hook(receive)
-        return leaf.clone()
+        self._waiting[module] += 1
+        begins, output = self._handed_on(module, output)
+        begins.register_hook(receive)
+        return output
+
+    def _handed_on(self, module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor whose gradient is to be seen, and what the model gets, which it may write to."""
+        begins = output if output.requires_grad else output.detach().requires_grad_()
+        return begins, begins if output.requires_grad and module not in self._copied else begins.clone()
 
     def _functional_hook(self, names: Mapping[str, str], module: nn.Module, args: tuple, kwargs: dict, output):
         """Keep the arguments; when the output's gradients have come, leave the module to be run again on each row."""
@@ -148,6 +163,7 @@ class Recorder:
         cast = _autocast_as_it_is(next(iter(module.parameters())).device.type)
 
         def receive(gradients: Sequence[Tensor | None]) -> None:
+            self._waiting[module] -= 1
             if [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves] != versions:
                 self._break(names.values(), "what goes into its module is changed in place afterwards")
                 return
@@ -164,7 +180,7 @@ class Recorder:
 
             self._pending.append((list(names.values()), again))
 
-        begins: list[tuple[Tensor, Tensor]] = []
+        begins: list[Tensor] = []
 
         def of_every_row(tensor: Tensor) -> Tensor:
             """The output, requiring a gradient, which is to come back for every row by itself."""
@@ -174,16 +190,14 @@ class Recorder:
             if may_expand and tensor.shape[:1] == (1,) and self._rows > 1 and not any(of_rows):
                 self.expanded.add(module)
                 tensor = tensor.expand(self._rows, *tensor.shape[1:])
-            if tensor.requires_grad:
-                begins.append((tensor, tensor))
-                return tensor
-            leaf = tensor.detach().requires_grad_()
-            begins.append((leaf, leaf.clone()))
-            return begins[-1][1]
+            begin, tensor = self._handed_on(module, tensor)
+            begins.append(begin)
+            return tensor
 
         output = tree_map_only(Tensor, of_every_row, output)
         if begins:
-            register_multi_grad_hook([leaf for leaf, _ in begins], receive)
+            self._waiting[module] += 1
+            register_multi_grad_hook(begins, receive)
         return output
 
 
