@@ -96,8 +96,8 @@ class Differentiator:
         return self._finite(losses, values), values
 
     def _to_compare(self, found: Mapping[str, Tensor], size: int) -> list[str]:
-        """All layers in the first batch, and in the first of several examples; later those that appear or stay away, and
-        in the 2nd, 4th, 8th, ... batch those of which nothing was seen yet."""
+        """All layers in the first batch, and in the first of several examples; later those that appear or stay away,
+        and in the 2nd, 4th, 8th, ... batch those of which nothing was seen yet."""
         self.batches += 1
         if min(size, 2) > self.compared:
             self.compared = min(size, 2)
@@ -155,7 +155,9 @@ class Differentiator:
             with self.recorder.batch_of(len(indices)):
                 losses = self._loss(indices)
                 if losses.requires_grad:
+                    weighted = self.recorder.weighted(losses)
                     losses.sum().backward()
+                    self.recorder.find_misaligned(losses.detach(), weighted)
         except (RuntimeError, ValueError, IndexError) as error:
             if not self.recorder.expanded or self.recorder.only_these_expand or should_reduce_batch_size(error):
                 raise

@@ -40,6 +40,8 @@ class Recorder:
         self.expanded: set[nn.Module] = set()
         self.types: set[torch.dtype] = set()
         self._pending: list[tuple[list[str], Callable[[], dict[str, Tensor]]]] = []
+        self._muted = False
+        self._begun: list[tuple[list[str], Tensor, list[Tensor]]] = []
         self._waiting: Counter[nn.Module] = Counter()
         self._copied: set[nn.Module] = set()
         self._not_cut: set[tuple[nn.Module, int]] = set()
@@ -78,6 +80,39 @@ class Recorder:
         """Forget what was found, before another backward pass."""
         self.found, self.broken, self._pending = {}, {}, []
         self._waiting.clear()
+        self._begun = []
+
+    def weighted(self, losses: Tensor) -> list[Tensor | None]:
+        """Before the backward pass: the gradients, at modules whose output has no other dimension than rows and width,
+        of the losses weighted by `_weights`. The way to them is short where they are a classifier's head."""
+        if not self._begun or self._rows == 1:
+            return []
+        self._muted = True
+        try:
+            outputs = [begin for _, begin, _ in self._begun]
+            return torch.autograd.grad(
+                (self._weights(losses) * losses).sum(), outputs, allow_unused=True, retain_graph=True
+            )
+        except RuntimeError as error:  # reentrant checkpointing, for one
+            if should_reduce_batch_size(error):
+                raise
+            return []
+        finally:
+            self._muted = False
+
+    def find_misaligned(self, losses: Tensor, weighted: Sequence[Tensor | None]) -> None:
+        """After it: break layers whose module sees as many rows as there are examples by chance, such as an expert to
+        which as many tokens fall. Where its rows are the examples, each row's gradient has its example's weight."""
+        by = self._weights(losses).repeat_interleave(self.rows_per_example)
+        for (names, _, seen), again in zip(self._begun, weighted, strict=bool(weighted)):
+            for plain in seen:
+                if len(plain) == len(by):
+                    expected = plain * by.view(-1, *[1] * (plain.dim() - 1))
+                    if again is None or (again - expected).norm() > 0.05 * expected.norm():
+                        self._break(names, "its module sees as many rows as there are examples, but not one of each")
+
+    def _weights(self, losses: Tensor) -> Tensor:
+        return torch.linspace(0.5, 1.5, self.size, device=losses.device, dtype=losses.dtype)
 
     def copy_what_was_lost(self) -> bool:
         """Whether a module's output came to nothing in the backward pass. It may have been written over in place, which
@@ -131,7 +166,10 @@ class Recorder:
         self.types.update((inputs.dtype, output.dtype))
 
         def receive(gradient: Tensor) -> None:
+            if self._muted:
+                return
             self._waiting[module] -= 1
+            seen.append(gradient)
             if inputs._version != version:
                 self._break([name], "what goes into its module is changed in place afterwards")
             elif not self._sees_other_rows([name], len(inputs) if inputs.dim() > 1 else 0):
@@ -140,12 +178,22 @@ class Recorder:
         self._waiting[module] += 1
         begins, output = self._handed_on(module, output)
         begins.register_hook(receive)
+        seen = self._seen_of([name], begins)
         return output
+
+    def _seen_of(self, names: list[str], begins: Tensor) -> list[Tensor]:
+        """Where a gradient is put for `find_misaligned`."""
+        if begins.dim() > 2:
+            return _Nowhere()
+        self._begun.append((names, begins, []))
+        return self._begun[-1][2]
 
     def _handed_on(self, module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient is to be seen, and what the model gets, which it may write to."""
         begins = output if output.requires_grad else output.detach().requires_grad_()
-        return begins, begins if output.requires_grad and module not in self._copied else begins.clone()
+        if not output.requires_grad and torch.is_grad_enabled():  # else it runs again in the backward pass
+            begins = begins.clone()
+        return begins, begins.clone() if module in self._copied or begins.dim() <= 2 else begins
 
     def _functional_hook(self, names: Mapping[str, str], module: nn.Module, args: tuple, kwargs: dict, output):
         """Keep the arguments; when the output's gradients have come, leave the module to be run again on each row."""
@@ -163,7 +211,12 @@ class Recorder:
         cast = _autocast_as_it_is(next(iter(module.parameters())).device.type)
 
         def receive(gradients: Sequence[Tensor | None]) -> None:
+            if self._muted:
+                return
             self._waiting[module] -= 1
+            for place, gradient in zip(seen, gradients, strict=True):
+                if gradient is not None:
+                    place.append(gradient)
             if [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves] != versions:
                 self._break(names.values(), "what goes into its module is changed in place afterwards")
                 return
@@ -198,7 +251,15 @@ class Recorder:
         if begins:
             self._waiting[module] += 1
             register_multi_grad_hook(begins, receive)
+            seen = [self._seen_of(list(names.values()), begin) for begin in begins]
         return output
+
+
+class _Nowhere(list):
+    """A list that keeps nothing."""
+
+    def append(self, item: object) -> None:
+        pass
 
 
 def _autocast_as_it_is(device_type: str) -> Callable:
