@@ -148,8 +148,8 @@ def test_a_sentence_is_text_whatever_it_looks_like(tmp_path, text):
 BAD_LINES = {
     "latin-1": ({"lines": [*PLAIN, "café\t1"], "encoding": "latin-1"}, "train.tsv, line 10 is not UTF-8 text: save"),
     "utf-16 without a mark": ({"lines": PLAIN, "encoding": "utf-16-le"}, "train.tsv, line 1 is not UTF-8 text"),
-    "one more field": ({"lines": [*PLAIN, "a\tb\t1"]}, "train.tsv, line 10 has more fields than the header (3, not 2)."),
-    "one field less": ({"lines": [*PLAIN, "", "a b"]}, "train.tsv, line 11 has fewer fields than the header (1, not 2)."),
+    "one more field": ({"lines": [*PLAIN, "a\tb\t1"]}, "line 10 has more fields than the header (3, not 2)."),
+    "one field less": ({"lines": [*PLAIN, "", "a b"]}, "line 11 has fewer fields than the header (1, not 2)."),
     "carriage return": ({"lines": [*PLAIN, "a\rb\t1"]}, "line 10 cannot be read as a row: there is a carriage return"),
     "label in words": ({"lines": [*PLAIN, "a\tyes"]}, "line 10: labels must be 0 and 1, but this one is 'yes'."),
     "no label": ({"lines": ["a\t", *PLAIN]}, "train.tsv, line 2: labels must be 0 and 1, but this one is ''."),
