@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from datainf.storage.rows import double_on
+
 
 def identity(model: nn.Module, dataset: Sequence, loss_fn: Callable) -> dict[str, str]:
     """Short fingerprints of what the gradients are of: trainable weights, base, examples in their order, loss."""
@@ -19,9 +21,8 @@ def identity(model: nn.Module, dataset: Sequence, loss_fn: Callable) -> dict[str
             weights.update(joblib.hash(parameter.detach().cpu().float().numpy()).encode())
         else:
             # The frozen base may be huge: its names, shapes and one sum per matrix tell two bases apart.
-            base.update(
-                f"{name} {tuple(parameter.shape)} {parameter.detach().sum(dtype=torch.float64).item():.6e}".encode()
-            )
+            total = parameter.detach().to(double_on(parameter.device)).sum(dtype=torch.float64).item()
+            base.update(f"{name} {tuple(parameter.shape)} {total:.6e}".encode())
     for index in range(len(dataset)):
         # As arrays: a tensor's pickle depends on where in memory it is.
         example = recursively_apply(lambda tensor: tensor.cpu().numpy(), dataset[index])
