@@ -106,6 +106,7 @@ def influence(
     """
     layers = _Layers(train, query, method, damping, device, memory, options)
     (total,) = layers.zeros((layers.m, layers.n))
+    processes.begin("influence")
     for _, G, parts in layers:
         for rows, R in parts:
             total[rows] -= R @ G.T
@@ -148,6 +149,7 @@ def scores(
     """
     memory = None if memory is None else bytes_of(memory)
     check_products(train, ihvp)
+    processes.begin("scores")
     # A process to which no layer fell learns the number of queries from the others.
     m, first = max(processes.collect([len(R) for R in ihvp.values()]), default=0), layer_rows(train, next(iter(train)))
     if m == 0:
@@ -179,6 +181,7 @@ def self_influence(
     """
     layers = _Layers(train, train, method, damping, device, memory, options, in_blocks=True)
     (total,) = layers.zeros((layers.n,))
+    processes.begin("self_influence")
     for _, G, parts in layers:
         for rows, R in parts:
             total[rows] -= (R * G.tensor(rows)).sum(dim=1)

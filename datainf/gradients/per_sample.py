@@ -100,6 +100,7 @@ def per_sample_gradients(
     collate_fn = collate_fn or default_collate
     batches_of = partial(batches, dataset, batch_size=batch_size, batch_tokens=batch_tokens)
     shards = None
+    processes.begin("per_sample_gradients")
     if store is not None:
         about = identity(model, dataset, loss_fn)
         if concatenate:
