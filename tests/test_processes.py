@@ -1,15 +1,20 @@
 """Work shared by two processes gives what one process gives."""
 
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from datainf import processes
+from datainf.errors import InputError
 from datainf.progress import OFF
 
 SCRIPT = Path(__file__).parent / "scripts" / "share.py"
@@ -28,9 +33,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launch(by: list[str], what: str, folder: Path) -> subprocess.CompletedProcess:
+def launch(by: list[str], what: str, folder: Path, **more: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != OFF}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
     launcher = [part.format(port=free_port()) for part in by]
     command = [sys.executable, *launcher, str(SCRIPT), what, str(folder)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -113,3 +118,75 @@ def test_an_error_in_one_ends_both(runs, tmp_path):
     process = launch(TORCHRUN, "meet_damage", tmp_path)  # which gives up on processes that wait for each other
     assert process.stdout.count("2 processes") == 2
     assert process.returncode != 0 and "shard-00001.safetensors is damaged" in process.stderr
+
+
+def test_a_call_in_one_process_alone_ends_both(tmp_path):
+    began = time.monotonic()
+    process = launch(TORCHRUN, "alone", tmp_path, DATAINF_PATIENCE="2")
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    sentence = "Process 0 called per_sample_gradients, but process 1 of 2 did not within 2 seconds: call it in all of"
+    assert sentence in process.stderr
+
+
+THERE = {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "2 processes work together, but they did not meet (RANK is not set): start them all by torchrun"),
+        (THERE | {"RANK": "one"}, "did not meet (invalid literal for int() with base 10: 'one'): start them all by"),
+        ({"RANK": "0"}, "did not meet (MASTER_ADDR is not set): start them all"),
+        (THERE, "1/2 clients joined): .* unset WORLD_SIZE to work alone, or let DATAINF_PATIENCE be more than 1 sec"),
+        (THERE | {"RANK": "1"}, "did not meet ([Errno .* Connection refused): start them all by"),
+        (THERE | {"MASTER_ADDR": "no.such.host.invalid"}, "did not meet ([Errno -.*): start them all by torchrun"),
+        (THERE | {"WORLD_SIZE": "many"}, "WORLD_SIZE must be a number of processes, not 'many': unset it to"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a number of processes, not '0'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE must be a number of processes, not '-1'"),
+        ({"DATAINF_PATIENCE": "nan"}, "DATAINF_PATIENCE must be a number of seconds, not 'nan'."),
+        ({"DATAINF_PATIENCE": "0"}, "DATAINF_PATIENCE must be a number of seconds, not '0'."),
+        ({"DATAINF_PATIENCE": "1e99"}, "DATAINF_PATIENCE must be a number of seconds, not '1e99'."),
+    ],
+)
+def test_a_process_that_was_told_of_others_does_not_wait_for_ever(given, message, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "DATAINF_PATIENCE": "1"} | given).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=re.escape(message).replace(r"\.\*", ".*")) as caught:
+        processes.rank_and_count()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["", "1"])
+def test_a_process_that_was_told_of_none_is_alone(said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", said)
+    assert processes.rank_and_count() == (0, 1)
+    processes.begin("anything")
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """The store of three processes, of which this one is number 1, before they meet for the first time."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(processes, "rank_and_count", lambda: (1, 3))
+    monkeypatch.setattr(processes, "_meetings", itertools.count())
+    monkeypatch.setenv("DATAINF_PATIENCE", "0.1")
+    return store
+
+
+def test_processes_begin_together(store):
+    for meeting, other in itertools.product(range(2), (0, 2)):
+        store.set(f"datainf {meeting}/{other}", "influence")
+    processes.begin("influence")
+    processes.begin("influence")
+    with pytest.raises(InputError, match="Process 1 called influence, but process 0 of 3 did not within 0.1 seconds"):
+        processes.begin("influence")
+
+
+def test_processes_that_begin_different_things_are_told(store):
+    store.set("datainf 0/0", "influence")
+    store.set("datainf 0/2", "scores")
+    with pytest.raises(InputError, match="Process 1 called influence, but process 2 called scores: call each in all."):
+        processes.begin("influence")

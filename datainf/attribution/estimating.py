@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from datainf import scaling
-from datainf.attribution.influence import ihvp, scores
+from datainf.attribution.influence import check_device, ihvp, scores
 from datainf.attribution.methods import Method, name_of, needs_of, resolve_method
 from datainf.gradients.batches import length
 from datainf.gradients.layers import Layers, trainable_layers
@@ -85,17 +85,21 @@ def estimate(
     parts = rows_per_example if concatenate else 1
     widths = {name: parts * weight.numel() for name, weight in trainable_layers(model, layers).items()}
     row_bytes = sum(widths.values()) * dtype.itemsize
+    # What is wrong with them is said before anything is probed.
+    method, memory = resolve_method(method), None if memory is None else bytes_of(memory)
+    check_device(device)
+    if n < 1 or m < 1:
+        raise ValueError(f"n and m must be 1 at least, not {n} and {m}.")
 
     if examples is None or loss_fn is None:
         per_example = peak = float("nan")
     else:
         per_example, peak = _probe_gradients(model, examples, loss_fn, row_bytes, **options, **batching)
-    method = resolve_method(method)
     held, seconds = _probe_method(method, n, m, widths.values(), device, memory)
     result = 4 * m * sum(widths.values())
     scores_hold = 12 * m * n + min(BLOCK_BYTES, 4 * n * max(widths.values()))
     if memory is not None:
-        scores_hold = min(scores_hold, bytes_of(memory))
+        scores_hold = min(scores_hold, memory)
     stages = {
         "training gradients": (n * row_bytes, peak, n * per_example),
         "query gradients": (m * row_bytes, peak, m * per_example),
@@ -126,7 +130,7 @@ def _probe_gradients(
 
 
 def _probe_method(
-    method: Method, n: int, m: int, widths: Sequence[int], device: torch.device | str, memory: Memory
+    method: Method, n: int, m: int, widths: Sequence[int], device: torch.device | str, memory: int | None
 ) -> tuple[int, dict[str, float]]:
     """The most bytes held for a layer, and the seconds of both halves over all layers."""
     seconds, held = {"ihvp": 0.0, "scores": 0.0}, 0
@@ -144,7 +148,7 @@ def _probe_method(
             seconds[half] += times * taken * operations(method, n, m, d) / operations(method, *small)
         needs = needs_of(method, n, d, itemsize=4)
         what = f"{name_of(method)} on a layer of {d} parameters"
-        blocks = share_out(None if memory is None else bytes_of(memory), what, needs, kept=4 * m * n, queries=m)
+        blocks = share_out(memory, what, needs, kept=4 * m * n, queries=m)
         block = max(needs.smallest_block, min(needs.layer, blocks.block_bytes))
         held = max(held, needs.fixed + blocks.queries * needs.per_query + block)
     return held, seconds

@@ -31,6 +31,7 @@ from datainf import processes, progress
 from datainf.attribution.methods import (
     METHODS,
     Method,
+    check_damping,
     datainf,
     exact,
     exact_solver,
@@ -44,6 +45,7 @@ from datainf.attribution.methods import (
     needs_of,
     resolve_method,
 )
+from datainf.errors import InputError
 from datainf.storage.memory import Blocks, Memory, Needs, bytes_of, share_out
 from datainf.storage.rows import BLOCK_BYTES, Rows, Scratch, slices, square_norms
 
@@ -99,10 +101,12 @@ def influence(
     Raises:
         ValueError: unknown method, layers or widths that differ between train and query, no examples, gradients
             that are not finite (names the example and the layer), a layer whose training gradients are all zero,
-            `memory` that is too little (says how much is needed).
+            `damping` that is not positive or not finite, a `device` that is not there, `memory` that is no size or too
+            little (says how much is needed).
     """
     layers = _Layers(train, query, method, damping, device, memory, options)
     (total,) = layers.zeros((layers.m, layers.n))
+    processes.begin("influence")
     for _, G, parts in layers:
         for rows, R in parts:
             total[rows] -= R @ G.T
@@ -138,10 +142,18 @@ def ihvp(
 def scores(
     train: Mapping[str, Tensor], ihvp: Mapping[str, Float[Tensor, "m d"]], *, memory: Memory = None
 ) -> Float[Tensor, "m n"]:
-    """The second half of `influence`: score[j, k] = - sum over layers of R[j] . G[k], shape (m, n)."""
+    """The second half of `influence`: score[j, k] = - sum over layers of R[j] . G[k], shape (m, n).
+
+    Raises:
+        ValueError: `ihvp` is of other layers or widths, there are no layers, or `memory` is too little or no size.
+    """
     memory = None if memory is None else bytes_of(memory)
+    check_products(train, ihvp)
+    processes.begin("scores")
     # A process to which no layer fell learns the number of queries from the others.
-    m, first = max(processes.collect([len(R) for R in ihvp.values()])), layer_rows(train, next(iter(train)))
+    m, first = max(processes.collect([len(R) for R in ihvp.values()]), default=0), layer_rows(train, next(iter(train)))
+    if m == 0:
+        raise ValueError("There are no query examples: `ihvp` has no layers or no rows.")
     like = next(iter(ihvp.values()), first)
     scratch, total = Scratch(), torch.zeros(m, len(first), device=like.device, dtype=first.dtype)
     for name, R in ihvp.items():
@@ -169,6 +181,7 @@ def self_influence(
     """
     layers = _Layers(train, train, method, damping, device, memory, options, in_blocks=True)
     (total,) = layers.zeros((layers.n,))
+    processes.begin("self_influence")
     for _, G, parts in layers:
         for rows, R in parts:
             total[rows] -= (R * G.tensor(rows)).sum(dim=1)
@@ -185,7 +198,9 @@ class _Layers:
 
     def __init__(self, train, query, method, damping, device, memory, options, in_blocks=False):
         self.method = resolve_method(method, options)
-        check_pair(train, query, damping)
+        check_damping(damping)
+        check_device(device)
+        check_pair(train, query)
         self.train, self.query, self.damping, self.in_blocks = train, query, damping, in_blocks
         self.memory = None if memory is None else bytes_of(memory)
         shapes = {name: layer_rows(train, name).shape for name in train}
@@ -242,13 +257,16 @@ def solver_of(
     method: Method, name: str, G: Rows, damping: float
 ) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
     """V -> R = method(G, V, lam) for the layer called `name`, after the checks that need the layer's numbers."""
-    check_finite("training", name, square_norms(G))
-    lam = layer_damping(G, damping)
-    if lam == 0:
+    squares = square_norms(G)
+    check_finite("training", name, squares)
+    if not squares.any():
         raise ValueError(
             f"Every training gradient of layer {name!r} is zero, so its damping is zero and H has no inverse: "
             "leave the layer out, or fine-tune first (the gradient of lora_A is zero while lora_B is still zero)."
         )
+    lam = layer_damping(G, damping)
+    if not 0 < lam < math.inf:
+        raise InputError(f"damping={damping:g} gives layer {name!r} the damping {lam:g}: choose one nearer to 0.1.")
     if method is exact:
         return exact_solver(G, lam)
     G = G if is_built_in(method) else G.tensor()
@@ -271,10 +289,30 @@ def layer_rows(
 # --- What can be wrong with the input -------------------------------------------------------------------------------
 
 
-def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor], damping: float) -> None:
-    """Refuse gradients that cannot be compared: other layers, other widths, no examples; and damping <= 0."""
-    if damping <= 0:
-        raise ValueError(f"damping must be positive, not {damping}: without it H has no inverse when d_l > n.")
+def check_device(device: torch.device | str | None) -> None:
+    """Refuse, as an InputError, a device that torch does not find here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f'The device {device!r} cannot be used here: give one such as "cpu" or "cuda".') from error
+
+
+def check_products(train: Mapping[str, Tensor], ihvp: Mapping[str, Tensor]) -> None:
+    """Refuse inverse-Hessian-vector products of layers that the training gradients do not have, or not so wide."""
+    if not train:
+        raise ValueError("There are no layers: the training gradients are an empty mapping.")
+    for name, R in ihvp.items():
+        if name not in train:
+            raise ValueError(f"Layer {name!r} of `ihvp` is missing from the training gradients.")
+        n, d = layer_rows(train, name).shape
+        if R.ndim != 2 or R.shape[1] != d:
+            raise ValueError(f"Layer {name!r} has shape {(n, d)} in train and {tuple(R.shape)} in ihvp: d_l differs.")
+        if n == 0:
+            raise ValueError(f"There are no training examples: layer {name!r} has no rows.")
+
+
+def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor]) -> None:
+    """Refuse gradients that cannot be compared: other layers, other widths, no examples."""
     if not train:
         raise ValueError("There are no layers: the training gradients are an empty mapping.")
     if missing := sorted(set(train) ^ set(query)):

@@ -4,9 +4,11 @@ What the symbols stand for is said in `attribution.influence`. G is a tensor or 
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from datainf.errors import InputError
 from datainf.storage.memory import Needs
-from datainf.storage.rows import PART, Matrix, gram, second_moment, square_norms
+from datainf.storage.rows import PART, Matrix, double, gram, second_moment, square_norms
 
 Method = Callable[..., Tensor]
 
@@ -41,8 +43,9 @@ def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"
     Primal (d <= n): solve the d x d system (G^T G / n + lam I) r = v.
     Dual (d > n):    with K = G G^T, r = (v - G^T (n lam I + K)^-1 G v) / lam (Woodbury), an n x n system.
 
-    In float64 throughout, whatever the type of G and V: the default damping lets the condition number of H reach
-    10 d + 1, which multiplies the rounding error of the Gram matrix as much as that of its factor.
+    In float64 throughout, whatever the type of G and V, and on the CPU if their device has no float64: the default
+    damping lets the condition number of H reach 10 d + 1, which multiplies the rounding error of the Gram matrix as
+    much as that of its factor.
 
     Raises:
         ValueError: if H is not positive definite in float64, which means that lam is too small for this layer.
@@ -52,15 +55,15 @@ def exact(G: Matrix, V: Float[Tensor, "m d"], lam: float) -> Float[Tensor, "m d"
 
 def exact_solver(G: Matrix, lam: float) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
     """`exact` as a function of V alone, which factorizes once for however many V."""
-    (n, d), G64 = G.shape, G.double()
+    (n, d), G64 = G.shape, double(G)
     if d <= n:
         U = _factor(gram(G64.T).div_(n), lam)
-        return lambda V: _solve(U, V.double().T).T.to(V.dtype)
+        return lambda V: _solve(U, double(V).T).T.to(V.dtype).to(V.device)
     U = _factor(gram(G64), n * lam)
 
     def dual(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        V64 = V.double()
-        return ((V64 - _solve(U, G64 @ V64.T).T @ G64) / lam).to(V.dtype)
+        V64 = double(V)
+        return ((V64 - _solve(U, G64 @ V64.T).T @ G64) / lam).to(V.dtype).to(V.device)
 
     return dual
 
@@ -126,7 +129,7 @@ def _solve(U: Float[Tensor, "k k"], B: Float[Tensor, "k m"]) -> Float[Tensor, "k
 def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
     """The largest eigenvalue of G^T G / n, by power iteration from a fixed random vector (never above the truth)."""
     start = torch.randn(1, G.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    u = start.to(G.device, G.dtype)
+    u = start.to(G.dtype).to(G.device)
     for _ in range(iterations):
         u = second_moment(G, u / u.norm())
     return u.norm().item()
@@ -134,8 +137,20 @@ def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
 
 def layer_damping(G: Matrix, damping: float = 0.1) -> float:
     """lam_l = damping * (n d_l)^-1 * sum_i ||g_i||^2 (paper section 4): `damping` times H's mean eigenvalue."""
+    check_damping(damping)
     n, d = G.shape
-    return damping * square_norms(G).double().sum().item() / (n * d)
+    return float(damping) * double(square_norms(G)).sum().item() / (n * d)
+
+
+def check_damping(damping: float) -> None:
+    """Refuse, as an InputError, what is no number above zero."""
+    try:
+        is_good = not isinstance(damping, str | bool) and 0 < float(damping) < math.inf
+    except (TypeError, ValueError, RuntimeError):
+        is_good = False
+    if not is_good:
+        what = "damping must be positive and finite, a number such as 0.1"
+        raise InputError(f"{what}, not {damping!r}: without it H has no inverse when d_l > n.")
 
 
 # --- Names, and memory ------------------------------------------------------------------------------------------------
@@ -147,7 +162,7 @@ def resolve_method(method: str | Method, options: Mapping[str, object] | None = 
     A name may carry its iterations in parentheses: "lissa_scaled(100)" is lissa_scaled with iterations=100.
 
     Raises:
-        InputError: there is no such method, or it does not take such an option.
+        InputError: there is no such method, it does not take such an option, or its iterations are no number from 1 on.
     """
     options = dict(options or {})
     if isinstance(method, str):
@@ -160,6 +175,10 @@ def resolve_method(method: str | Method, options: Mapping[str, object] | None = 
     unknown = [name for name in options if name not in taken]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         raise InputError(f"{name_of(method)} takes no option {unknown[0]!r}.")
+    iterations = options.get("iterations", 1)
+    is_count = isinstance(iterations, Integral) and not isinstance(iterations, bool) and iterations > 0
+    if is_built_in(method) and not is_count:
+        raise InputError(f"iterations must be a whole number, 1 at least, not {iterations!r}.")
     return partial(method, **options) if options else method
 
 

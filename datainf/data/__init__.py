@@ -1,7 +1,7 @@
 """The study's datasets: each loader returns data by seed, from the hub, from a folder, or built in.
 
 `glue`: sentences with a label, some flipped. `text`: prompts and responses of ten classes. `images`: captioned
-pictures. `built_in`: what is generated here.
+pictures. `built_in`: what is generated here. `tables`: rows of text files.
 """
 
 import hashlib

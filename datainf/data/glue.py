@@ -1,6 +1,5 @@
 """Binary GLUE tasks with label noise (paper sections 4.1 and 4.2, D.1)."""
 
-import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from datasets import Dataset
 from pandas.io.formats.style import Styler
 
 from datainf.data import built_in, revision_of
+from datainf.data.tables import table
 from datainf.errors import InputError
 
 HUB_DATASET = "nyu-mll/glue"
@@ -79,8 +79,8 @@ def load(
         noise: the share of training labels to flip, 0 <= noise < 1.
 
     Raises:
-        InputError: no such dataset, a file or column missing, labels other than 0 and 1, labels of one class only,
-            sizes or noise out of range.
+        InputError: no such dataset, a file or column missing, a file that is no text or a row that does not fit
+            (names its line), labels other than 0 and 1, labels of one class only, sizes or noise out of range.
     """
     if not 0 <= noise < 1:
         raise InputError(f"noise must be a share from 0 up to 1, not {noise}.")
@@ -117,8 +117,13 @@ def _read(dataset: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
             built_in.TASKS[dataset],
         )
     if Path(dataset).is_dir():
-        train, validation = (_read_tsv(Path(dataset) / f"{split}.tsv") for split in ("train", "validation"))
-        return train, validation, _columns_of(dataset, train)
+        files = [Path(dataset) / f"{split}.tsv" for split in ("train", "validation")]
+        for path in files:
+            if not path.is_file():
+                raise InputError(f"The dataset's folder {dataset} holds no {path.name}.")
+        rows = [table(path, "\t", quoted=False) for path in files]
+        columns = _columns_of(dataset, list(rows[0]))
+        return *(_with_numbers(*each, columns) for each in zip(rows, files, strict=True)), columns
     if dataset in TASKS:
         try:
             splits = datasets.load_dataset(HUB_DATASET, dataset)
@@ -134,22 +139,30 @@ def _read(dataset: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
     )
 
 
-def _read_tsv(path: Path) -> Dataset:
-    if not path.is_file():
-        raise InputError(f"The dataset's folder {path.parent} holds no {path.name}.")
-    rows = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
-    return Dataset.from_pandas(rows, preserve_index=False)
-
-
-def _columns_of(dataset: str, train: Dataset) -> tuple[str, ...]:
+def _columns_of(dataset: str, names: list[str]) -> tuple[str, ...]:
     """The text columns of a folder's task, known by the hub's column names."""
     for columns in sorted(set(TASKS.values()), key=len, reverse=True):
-        if set(columns) <= set(train.column_names):
+        if set(columns) <= set(names):
             return columns
     raise InputError(
-        f"{dataset} has the columns {', '.join(train.column_names)}; wanted are `label` and the hub's text columns, "
+        f"{dataset} has the columns {', '.join(names)}; wanted are `label` and the hub's text columns, "
         f"one of: {'; '.join(' and '.join(columns) for columns in sorted(set(TASKS.values())))}."
     )
+
+
+def _with_numbers(rows: pd.DataFrame, path: Path, columns: tuple[str, ...]) -> Dataset:
+    """The rows of a file with their labels as numbers, once it is known that each row has a label and some text."""
+    for column in (*columns, "label"):
+        if column not in rows:
+            raise InputError(f"{path}: the column {column!r} is missing; there are {', '.join(rows)}.")
+    labels = pd.to_numeric(rows["label"], errors="coerce")
+    if (wrong := ~labels.isin([0, 1])).any():
+        line = wrong.idxmax()
+        raise InputError(f"{path}, line {line}: labels must be 0 and 1, but this one is {rows['label'][line]!r}.")
+    # One of two may be empty, as it is in some rows of QQP.
+    if (empty := rows[list(columns)].apply(lambda texts: texts.str.strip() == "").all(axis=1)).any():
+        raise InputError(f"{path}, line {empty.idxmax()}: the {columns[0]} is empty; write one or leave the row out.")
+    return Dataset.from_pandas(rows.assign(label=labels.astype("int64")), preserve_index=False)
 
 
 def _checked(split: Dataset, columns: tuple[str, ...], what: str) -> Dataset:

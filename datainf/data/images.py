@@ -3,6 +3,7 @@
 import hashlib
 import random
 import string
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,8 +59,8 @@ def load(task: str, *, n_train: int, n_test: int, size: int, seed: int = 0) -> I
         size: pictures are cut to the square in their middle and scaled to this many pixels.
 
     Raises:
-        InputError: no such task, a picture that cannot be read, a caption missing, too few pictures, fewer than two
-            classes, sizes out of range.
+        InputError: no such task, a picture that cannot be read or has too many pixels, a caption missing, too few
+            pictures, fewer than two classes, sizes out of range.
     """
     for name, number in (("n_train", n_train), ("n_test", n_test), ("size", size)):
         if number < 1:
@@ -109,11 +110,29 @@ def _subject_prompt(identifier_of: dict[str, str], subject: str, kind: str) -> s
 def _square(picture: Picture, size: int) -> Image.Image:
     """The square in the middle of the picture, RGB, size x size."""
     try:
-        image = ImageOps.exif_transpose(picture.paint(size)).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = _as_seen(picture.paint(size))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(
+            f"{picture.name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow takes for an attack: "
+            "scale it down or leave it out."
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         problem = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as a picture"
         raise InputError(f"{picture.name} {problem}: replace that file or leave it out.") from error
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """The picture in RGB as it is shown: upright, and white where one sees through it."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, of which a conversion would take all above 255 for white
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _split(

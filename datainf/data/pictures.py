@@ -1,6 +1,6 @@
 """Where the pictures of an image task come from: built in, a folder, or the hub. None is opened before it is drawn."""
 
-import json
+import os
 import random
 import string
 from collections.abc import Callable, Iterator
@@ -10,12 +10,12 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
-import pandas as pd
 from datasets import Dataset
 from PIL import Image
 
 from datainf.data.built_in import scenes
 from datainf.data.built_in.things import SUBJECTS
+from datainf.data.tables import json_lines, table
 from datainf.errors import InputError
 
 # The three datasets of the paper's style task, as `datasets.load_dataset` takes them. The second one is a loading
@@ -84,7 +84,7 @@ def pool_of(task: str, per_class: int, seed: int) -> tuple[Pool, bool]:
         return {style: list(_hub_pictures(task, found)) for style, found in rows.items()}, True
     if task in ("dreambooth", PAPER_SUBJECTS):
         return _hub_subjects(task), False
-    folder = Path(task).expanduser()
+    folder = Path(os.path.expanduser(task))
     if (folder / "metadata.jsonl").is_file():
         return _styles_in(folder), True
     if folder.is_dir():
@@ -128,21 +128,16 @@ def _demo_subjects(per_class: int, seed: int) -> Pool:
 def _styles_in(folder: Path) -> Pool:
     """The pictures that metadata.jsonl lists."""
     pool: Pool = {}
-    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), start=1):
+    for number, row in json_lines(folder / "metadata.jsonl").items():
         where = f"{folder / 'metadata.jsonl'}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not JSON: write one picture on each line ({error.msg}).") from error
-        if not isinstance(row, dict):
-            raise InputError(f'{where}: write one picture on each line, as {{"file_name": ..., "style": ..., ...}}.')
-        style = row.get("style") or row.get("class")
-        for column, value in (("file_name", row.get("file_name")), ("style", style), ("text", row.get("text"))):
-            if not str(value or "").strip():
+        said = {column: str(value).strip() for column, value in row.items() if value is not None}
+        style = said.get("style") or said.get("class")
+        for column, value in (("file_name", said.get("file_name")), ("style", style), ("text", said.get("text"))):
+            if not value:
                 raise InputError(f"{where}: the {column} is missing; every picture needs file_name, style and text.")
-        split = "train" if row.get("split") == "train" else "test" if row.get("split") else ""
-        path = folder / row["file_name"]
-        pool.setdefault(style, []).append(Picture(str(path), partial(_opened, path), row["text"], split))
+        split = "train" if said.get("split") == "train" else "test" if said.get("split") else ""
+        path = folder / said["file_name"]
+        pool.setdefault(style, []).append(Picture(str(path), partial(_opened, path), said["text"], split))
     return pool
 
 
@@ -150,8 +145,8 @@ def _subjects_in(folder: Path) -> Pool:
     """The pictures in the folders of a folder."""
     kinds = _kinds_in(folder)
     pool: Pool = {}
-    for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = sorted(path for path in subject.iterdir() if path.suffix.lower() in IMAGE_FILES)
+    for subject in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
+        files = sorted(path for path in subject.glob("[!.]*") if path.suffix.lower() in IMAGE_FILES)
         kind = kinds.get(subject.name) or _kind_of(subject.name)
         if files:
             pool[subject.name] = [Picture(str(path), partial(_opened, path), kind) for path in files]
@@ -163,11 +158,11 @@ def _kinds_in(folder: Path) -> dict[str, str]:
     path = folder / "subjects.tsv"
     if not path.is_file():
         return {}
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    rows = table(path, "\t", quoted=False)
     for column in ("subject", "class"):
-        if column not in table:
-            raise InputError(f"{path}: the column {column!r} is missing; there are {', '.join(table.columns)}.")
-    return dict(zip(table["subject"], table["class"], strict=True))
+        if column not in rows:
+            raise InputError(f"{path}: the column {column!r} is missing; there are {', '.join(rows)}.")
+    return dict(zip(rows["subject"], rows["class"], strict=True))
 
 
 def _kind_of(subject: str) -> str:

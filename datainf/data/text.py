@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from datainf.data import revision_of
 from datainf.data.built_in import math_problems, transformations
+from datainf.data.tables import json_lines, table
 from datainf.errors import InputError
 
 COLUMNS = ("prompt", "response", "reason", "class")
@@ -56,13 +57,13 @@ def load(task: str, *, n_train: int = 90, n_test: int = 10, seed: int = 0) -> Te
 
     Args:
         task: a built-in task (a key of `TASKS`), or a dataset with the splits train and test in a folder
-            (``train.jsonl`` and ``test.jsonl``, say) or on the hub, with the columns prompt, response, class and, where
-            the responses give one, reason.
+            (``train.jsonl`` and ``test.jsonl``, or .csv or .tsv; others as `datasets` reads them) or on the hub, with
+            the columns prompt, response, class and, where the responses give one, reason.
         n_train, n_test: at most this many examples of each class.
 
     Raises:
-        InputError: no such task, a split or a column missing, an empty prompt or response, fewer than two classes,
-            sizes out of range.
+        InputError: no such task, a split or a column missing, a file that is no text or a row that does not fit (names
+            its line), an empty prompt, response or class, fewer than two classes, sizes out of range.
     """
     for name, size in (("n_train", n_train), ("n_test", n_test)):
         if size < 1:
@@ -79,7 +80,7 @@ def load(task: str, *, n_train: int = 90, n_test: int = 10, seed: int = 0) -> Te
         place = rows.groupby("class").cumcount()
         train, test = rows[place < n_train], rows[(place >= n_train) & (place < n_train + n_test)]
     else:
-        train, test = (_checked(split, f"{task}, {name}") for name, split in _read(task).items())
+        train, test = (_checked(split, name) for name, split in _read(os.path.expanduser(task)).items())
         classes = tuple(dict.fromkeys(train["class"]))
         if len(classes) < 2:
             raise InputError(f"{task}: all training examples are of one class; class detection needs two at least.")
@@ -116,17 +117,26 @@ def same_answer(response: str, true_response: str) -> bool:
     return final_answer(response) == final_answer(true_response)
 
 
-def _read(task: str) -> dict[str, Dataset]:
-    """The splits train and test of a dataset in a folder or on the hub."""
-    task = os.path.expanduser(task)
+def _read(task: str) -> dict[str, pd.DataFrame]:
+    """What messages call each split -> its rows, of the splits train and test of a dataset in a folder or on the hub.
+    The rows of a file are numbered by its lines."""
     if task.startswith((".", os.sep, "~")) and not Path(task).is_dir():
         raise InputError(
             f"There is no folder {task}: give a folder with train.jsonl and test.jsonl, a dataset of the hub, or a "
             f"built-in task ({', '.join(TASKS)})."
         )
+    for ending, read in READERS.items():
+        files = [Path(task, f"{name}{ending}") for name in ("train", "test")]
+        if all(path.is_file() for path in files):
+            return {str(path): read(path).rename_axis("line") for path in files}
     try:
         splits = datasets.load_dataset(task)
     except Exception as error:  # offline, no such dataset, files it cannot read: the same to the user
+        if Path(task).is_dir():
+            raise InputError(
+                f"The files in the folder {task} cannot be read as a dataset ({type(error).__name__}): "
+                "give train.jsonl and test.jsonl in UTF-8."
+            ) from error
         raise InputError(
             f"There is no task {task!r}, neither built in ({', '.join(TASKS)}) nor to be read from a folder or the "
             f"hub ({type(error).__name__})."
@@ -134,22 +144,37 @@ def _read(task: str) -> dict[str, Dataset]:
     for name in ("train", "test"):
         if name not in splits:
             raise InputError(f"{task} has no split {name!r}, only {', '.join(splits)}: train and test are needed.")
-    return {name: splits[name] for name in ("train", "test")}
+    return {f"{task}, {name}": splits[name].to_pandas().rename_axis("example") for name in ("train", "test")}
 
 
-def _checked(split: Dataset, what: str) -> pd.DataFrame:
-    """The rows of a split, once they are known to have all that is needed."""
+def _from_json(path: Path) -> pd.DataFrame:
+    rows = json_lines(path)
+    return pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)
+
+
+# A file's ending -> what reads it.
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".jsonl": _from_json,
+    ".csv": partial(table, delimiter=",", quoted=True),
+    ".tsv": partial(table, delimiter="\t", quoted=True),
+}
+
+
+def _checked(rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    """The rows of a split as text, once they are known to have all that is needed."""
     for column in ("prompt", "response", "class"):
-        if column not in split.column_names:
-            raise InputError(
-                f"{what}: the column {column!r} is missing; there are {', '.join(split.column_names) or 'none'}."
-            )
-    rows = split.to_pandas()
-    rows = pd.DataFrame({name: rows[name] if name in rows else "" for name in COLUMNS}).fillna("").astype(str)
-    for column in ("prompt", "response"):
+        if column not in rows:
+            raise InputError(f"{what}: the column {column!r} is missing; there are {', '.join(rows) or 'none'}.")
+    numbered, rows = rows.index, pd.DataFrame({name: rows[name] if name in rows else "" for name in COLUMNS})
+    for column in COLUMNS:
+        no_text = rows[column].map(lambda value: not pd.api.types.is_scalar(value))
+        if no_text.any():
+            raise InputError(f"{what}: the {column} of {numbered.name} {no_text.idxmax()} is a list, but must be text.")
+    rows = rows.fillna("").astype(str)
+    for column in ("prompt", "response", "class"):
         if (empty := rows[column].str.strip() == "").any():
-            raise InputError(f"{what}: the {column} of example {empty.idxmax()} is empty.")
-    return rows
+            raise InputError(f"{what}: the {column} of {numbered.name} {empty.idxmax()} is empty.")
+    return rows.reset_index(drop=True)
 
 
 def _draw(rows: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:

@@ -12,6 +12,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from datainf.storage.rows import double_on
+
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, re.Pattern, range)
 
 
@@ -26,7 +28,8 @@ def identity(model: nn.Module, dataset: Sequence, loss_fn: Callable, collate_fn:
     # The frozen base may be huge: its names, shapes and one sum per matrix tell two bases apart.
     frozen = ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
     for name, tensor in (*frozen, *model.named_buffers()):
-        base.update(f"{name} {tuple(tensor.shape)} {tensor.detach().sum(dtype=torch.float64).item():.6e}".encode())
+        total = tensor.detach().to(double_on(tensor.device)).sum(dtype=torch.float64).item()
+        base.update(f"{name} {tuple(tensor.shape)} {total:.6e}".encode())
     base.update(repr(model).encode())
     for name, module in model.named_modules():
         base.update(f"{name} {getattr(module, 'scaling', '')}".encode())

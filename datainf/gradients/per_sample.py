@@ -108,6 +108,7 @@ def per_sample_gradients(
     collate_fn = collate_fn or default_collate
     batching = {"batch_size": batch_size, "batch_tokens": batch_tokens}
     batching["mixed"] = _go_together(dataset, collate_fn)
+    processes.begin("per_sample_gradients")
     bad, skipped = without_labels(dataset, range(len(dataset))), []
     if on_bad == "skip":
         of_all = batches(dataset, 0, len(dataset), **batching)

@@ -102,10 +102,6 @@ class Rows:
         keep = {name: getattr(self, name) for name in ("device", "dtype", "block_bytes", "whole", "scratch")}
         return Rows(self.fill, self.shape, square_norms=self._known_square_norms, **keep | changes)
 
-    def double(self) -> "Rows":
-        """The same rows, handed out in float64."""
-        return self.to(dtype=torch.float64)
-
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice of row numbers, block of rows on ``device`` in ``dtype``), in order; each until the next."""
         yield from ((rows, self._block(rows, ALL)) for rows in slices(len(self), self._fit(self.shape[1])))
@@ -141,7 +137,7 @@ class Rows:
             return self.whole[rows, columns]
         rows, columns = slice(*rows.indices(self.shape[0])), slice(*columns.indices(self.shape[1]))
         shape = (rows.stop - rows.start, columns.stop - columns.start)
-        # By the function that reads, not by this object: `double()` and `to()` are of the same matrix.
+        # By the function that reads, not by this object: what `to()` gives is of the same matrix.
         key = (self.fill, rows.start, rows.stop, columns.start, columns.stop, self.dtype)
         fill = lambda out: self.fill(out, rows, columns)  # noqa: E731
         return self.scratch.block(key, shape, self.dtype, self.device, fill, self.block_bytes)
@@ -202,6 +198,16 @@ def convert(rows: Tensor, out: Tensor) -> None:
     for some in slices(len(rows), max(1, int(len(rows) * PART))):
         part = rows[some].pin_memory() if out.is_cuda else rows[some]
         out[some].copy_(part.to(out.device, non_blocking=True))
+
+
+def double_on(device: torch.device) -> torch.device:
+    """Where to compute in float64 what is on `device`: there, or on the CPU if it has no float64, as Apple's GPUs."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def double(M: Matrix) -> Matrix:
+    """M in float64, on the CPU if its device has none."""
+    return M.to(device=double_on(M.device)).to(dtype=torch.float64)
 
 
 def square_norms(G: Matrix) -> Float[Tensor, " n"]:

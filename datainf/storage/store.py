@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datainf.storage.files import place
-from datainf.storage.rows import Rows
+from datainf.storage.rows import Rows, double_on
 from datainf.storage.shards import MANIFEST, SHARD_BYTES, Shards
 
 
@@ -24,6 +24,8 @@ class GradientStore(Mapping[str, Tensor]):
 
     def __init__(self, layers: Mapping[str, Tensor], skipped: Sequence[int] = ()):
         lengths = {len(gradients) for gradients in layers.values()}
+        if not layers or 0 in lengths:
+            raise ValueError(f"A store holds one {'example' if layers else 'layer'} at least; there is none.")
         if len(lengths) != 1:
             raise ValueError(f"All layers of a store must have the same number of rows, not {sorted(lengths)}.")
         self._layers = dict(layers)
@@ -90,15 +92,12 @@ class GradientStore(Mapping[str, Tensor]):
 
     def mean(self) -> "GradientStore":
         """The mean gradient of every layer, as a store of one example: the gradient of the mean loss."""
-        return GradientStore(
-            {
-                name: sum(block.sum(dim=0, dtype=torch.float64) for _, block in self.rows(name).blocks())
-                .div(self.n)
-                .to(torch.promote_types(self.dtype, torch.float32))
-                .unsqueeze(0)
-                for name in self
-            }
-        )
+        return GradientStore({name: self._mean_of(self.rows(name)) for name in self})
+
+    def _mean_of(self, G: Rows) -> Tensor:
+        """Of a layer's rows, shape (1, d_l)."""
+        total = sum(block.to(double_on(G.device)).sum(dim=0, dtype=torch.float64) for _, block in G.blocks())
+        return (total / self.n).to(torch.promote_types(self.dtype, torch.float32)).to(G.device).unsqueeze(0)
 
     @property
     def nbytes(self) -> int:

@@ -64,6 +64,21 @@ def test_memory_bounds_what_is_held_or_is_refused(arguments):
         datainf.estimate(arguments["model"], 10_000, 100, memory=100)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"m": 0}, "n and m must be 1 at least, not 12 and 0."),
+        ({"memory": "lots"}, "memory must be a number of bytes"),
+        ({"method": "lissa", "device": "gpu"}, "The device 'gpu' cannot be used here"),
+        ({"method": "datainv"}, "Unknown method 'datainv'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_probed(arguments, change, message, monkeypatch):
+    monkeypatch.setattr("datainf.attribution.estimating.per_sample_gradients", None)
+    with pytest.raises(ValueError, match=message):
+        datainf.estimate(**{"n": 12, "m": 3} | arguments | change)
+
+
 def test_long_work_is_announced_with_its_size(arguments, monkeypatch, capsys):
     """Everything is long where a microsecond is."""
     monkeypatch.setattr("datainf.progress.LONG", 1e-6)

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ import datainf
 from datainf import scaling
 from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled
 from datainf.errors import InputError
-from datainf.storage.rows import Rows, gram, second_moment
+from datainf.storage.rows import Rows, double_on, gram, second_moment
 
 WIDE, TALL = (9, 40), (60, 12)  # (n, d): d > n takes exact's dual system, d <= n its primal one
 
@@ -235,7 +236,7 @@ def test_memory_is_a_size():
     expected = datainf.influence(train, query)
     for memory in (10**9, 1.5e9, "1GB", "0.5 GiB", "700mb"):
         torch.testing.assert_close(datainf.influence(train, query, memory=memory), expected)
-    for memory in ("lots", "2", -1, 0, "0GB", "infGB", float("inf"), True):
+    for memory in ("lots", "2", -1, 0, "0GB", "infGB", "nanGB", float("inf"), float("nan"), True, [2], b"2GB", ""):
         with pytest.raises(InputError, match="memory must be a number of bytes or a size such as"):
             datainf.influence(train, query, memory=memory)
 
@@ -324,7 +325,21 @@ def spoil(side, name, row, value):
 BAD_INPUT = {
     "unknown method": (lambda t, q: {"method": "datainv"}, "choose one of hessian_free, datainf, lissa"),
     "unknown option": (lambda t, q: {"iterations": 3}, "datainf takes no option 'iterations'"),
-    "damping": (lambda t, q: {"damping": 0.0}, "damping must be positive"),
+    **{
+        f"damping {value!r}": (lambda t, q, value=value: {"damping": value}, "damping must be positive and finite, a")
+        for value in (0.0, -0.1, float("nan"), float("inf"), "0.1", None, True, [0.1], torch.ones(2), 1j)
+    },
+    "damping that vanishes": (lambda t, q: {"damping": 5e-324}, "damping=4.94066e-324 gives layer 'a' the damping 0:"),
+    **{
+        f"iterations {value!r}": (
+            lambda t, q, value=value: {"method": "lissa", "iterations": value},
+            "iterations must be a whole number, 1 at least, not",
+        )
+        for value in (0, -1, 2.5, "10", float("nan"), None, True)
+    },
+    "no iterations": (lambda t, q: {"method": "lissa(0)"}, "iterations must be a whole number, 1 at least, not 0."),
+    "no such device": (lambda t, q: {"device": "gpu"}, "The device 'gpu' cannot be used here: give one such as"),
+    "a device that is not there": (lambda t, q: {"device": "mps:7"}, "The device 'mps:7' cannot be used here"),
     "layer missing from query": (
         lambda t, q: q.pop("b") is None or {},
         "layer 'b' is missing from the query",
@@ -363,6 +378,60 @@ def test_bad_input_is_named_in_one_sentence(case):
     arguments = change(train, query)
     with pytest.raises(ValueError, match=re.escape(message)):
         datainf.influence(train, query, **arguments)
+
+
+@pytest.mark.parametrize("damping", [np.float32(0.25), torch.tensor(0.25), 1, 10**3])
+def test_damping_may_be_any_number(damping):
+    train, query = pair()
+    torch.testing.assert_close(
+        datainf.influence(train, query, damping=damping), datainf.influence(train, query, damping=float(damping))
+    )
+
+
+def test_the_second_half_refuses_what_is_not_of_the_first():
+    train, query = pair()
+    R = datainf.ihvp(train, query)
+
+    def refused(message, train=train, ihvp=R, **arguments):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            datainf.scores(train, ihvp, **arguments)
+        assert "\n" not in str(caught.value)
+
+    refused("There are no layers: the training gradients are an empty mapping.", train={})
+    refused("There are no query examples: `ihvp` has no layers or no rows.", ihvp={})
+    refused("There are no query examples", ihvp={name: vectors[:0] for name, vectors in R.items()})
+    refused("There are no training examples: layer 'a' has no rows.", train={name: G[:0] for name, G in train.items()})
+    refused("Layer 'z' of `ihvp` is missing from the training gradients.", ihvp={"z": R["a"]})
+    refused("Layer 'a' has shape (9, 40) in train and (4, 5) in ihvp: d_l differs.", ihvp={"a": R["b"]})
+    refused("memory must be a number of bytes", memory="lots")
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_a_device_without_float64_leaves_it_to_the_cpu(shape, monkeypatch):
+    asked = []
+    monkeypatch.setattr("datainf.storage.rows.double_on", lambda device: asked.append(device) or torch.device("cpu"))
+    G, V = gradients(*shape, dtype=torch.float32), gradients(5, shape[1], seed=1, dtype=torch.float32)
+    lam = layer_damping(G)
+    assert len(asked) == 1
+    found = exact(Rows.of(G), V, lam)
+    assert len(asked) == 3 and found.dtype == torch.float32 and found.device == V.device
+    assert relative_error(found.double(), oracle("exact", G.double(), V.double(), lam)) <= 1e-6
+
+
+def test_which_devices_have_float64():
+    there = {name: double_on(torch.device(name)).type for name in ("cpu", "cuda", "mps", "mps:0")}
+    assert there == {"cpu": "cpu", "cuda": "cuda", "mps": "cpu", "mps:0": "cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_scores_of_a_gpu_whose_float64_is_left_to_the_cpu(shape, monkeypatch):
+    G, V = gradients(*shape, dtype=torch.float32).cuda(), gradients(5, shape[1], seed=1, dtype=torch.float32).cuda()
+    expected = datainf.influence({"": G}, {"": V}, method="exact")
+    monkeypatch.setattr("datainf.storage.rows.double_on", lambda device: torch.device("cpu"))
+    found = datainf.influence({"": G}, {"": V}, method="exact")
+    assert found.is_cuda and relative_error(found, expected) <= 1e-6
 
 
 @pytest.mark.gpu

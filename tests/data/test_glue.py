@@ -1,5 +1,7 @@
 """Label noise by seed, folders, the hub's and the built-in tasks, and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -104,6 +106,78 @@ def test_bad_input_is_named_in_one_sentence(tmp_path, folder):
     refused("labels must be 0 and 1", write_folder(tmp_path / "three", [("a", 0), ("b", 1), ("c", 2)]))
     refused("'label' is missing", write_folder(tmp_path / "unlabelled", [("a",), ("b",)], ["sentence"]))
     refused("has the columns text, label; wanted", write_folder(tmp_path / "text", [("a", 0)], ["text", "label"]))
+
+
+PLAIN = [f"sentence {i}\t{i % 2}" for i in range(8)]
+
+
+def write_bytes(folder, lines, encoding="utf8", header="sentence\tlabel", end="\n"):
+    """Both splits, of these lines."""
+    for split in ("train", "validation"):
+        (folder / f"{split}.tsv").write_bytes("".join(line + end for line in (header, *lines)).encode(encoding))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"encoding": "utf-8-sig"},
+        {"encoding": "utf-16"},
+        {"end": "\r\n"},
+        {"end": "\r\r\n"},
+        {"end": "\r"},
+        {"end": "\n\n"},
+        {"lines": [f"{line}.0" for line in PLAIN]},
+        {"lines": [f"{line} " for line in PLAIN], "header": "sentence\tlabel "},
+    ],
+)
+def test_what_is_plainly_meant_is_read(tmp_path, written):
+    task = glue.load(write_bytes(tmp_path, **{"lines": PLAIN} | written), noise=0)
+    rows = dict(zip(task.train["sentence"], task.train["label"], strict=True))
+    assert rows == {f"sentence {i}": i % 2 for i in range(8)}
+    assert task.train.features["label"].dtype == "int64"
+
+
+@pytest.mark.parametrize("text", ["a\u2028b \x85 c\x0b\x0c\x1c d", "NA", "1", '"', "'a", " ", "\ufeff", "日本"])
+def test_a_sentence_is_text_whatever_it_looks_like(tmp_path, text):
+    lines = [f"{text}\tb {i}\t{i % 2}" for i in range(4)]
+    task = glue.load(write_bytes(tmp_path, lines, header="sentence1\tsentence2\tlabel"))
+    assert task.train["sentence1"][:] == [text] * 4
+
+
+BAD_LINES = {
+    "latin-1": ({"lines": [*PLAIN, "café\t1"], "encoding": "latin-1"}, "train.tsv, line 10 is not UTF-8 text: save"),
+    "utf-16 without a mark": ({"lines": PLAIN, "encoding": "utf-16-le"}, "train.tsv, line 1 is not UTF-8 text"),
+    "one more field": ({"lines": [*PLAIN, "a\tb\t1"]}, "line 10 has more fields than the header (3, not 2)."),
+    "one field less": ({"lines": [*PLAIN, "", "a b"]}, "line 11 has fewer fields than the header (1, not 2)."),
+    "carriage return": ({"lines": [*PLAIN, "a\rb\t1"]}, "line 10 cannot be read as a row: there is a carriage return"),
+    "label in words": ({"lines": [*PLAIN, "a\tyes"]}, "line 10: labels must be 0 and 1, but this one is 'yes'."),
+    "no label": ({"lines": ["a\t", *PLAIN]}, "train.tsv, line 2: labels must be 0 and 1, but this one is ''."),
+    "not a number": ({"lines": [*PLAIN, "a\tnan"]}, "line 10: labels must be 0 and 1, but this one is 'nan'."),
+    "half a label": ({"lines": [*PLAIN, "a\t0.5"]}, "line 10: labels must be 0 and 1, but this one is '0.5'."),
+    "label of a test": ({"lines": [*PLAIN, "a\t-1"]}, "line 10: labels must be 0 and 1, but this one is '-1'."),
+    "one class": ({"lines": PLAIN[::2]}, "training: all labels are of one class"),
+    "no sentence": ({"lines": [*PLAIN, " \t1"]}, "line 10: the sentence is empty; write one or leave the row out."),
+    "header alone": ({"lines": []}, "train.tsv has a header but no examples."),
+    "nothing": ({"lines": [], "header": "", "end": ""}, "train.tsv is empty."),
+    "no header": ({"lines": PLAIN, "header": "sentence x\t1"}, "has the columns sentence x, 1; wanted are `label`"),
+    "twice": ({"lines": PLAIN, "header": "label\tlabel"}, "train.tsv: the header names the column 'label' twice."),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_file_that_cannot_be_read_is_refused_by_line(tmp_path, case):
+    written, message = BAD_LINES[case]
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        glue.load(write_bytes(tmp_path, **written))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_validation_file_is_looked_at_too(tmp_path):
+    folder = write_bytes(tmp_path, PLAIN)
+    (tmp_path / "validation.tsv").write_text("text\tlabel\na\t0\n")
+    with pytest.raises(InputError, match="validation.tsv: the column 'sentence' is missing; there are text, label."):
+        glue.load(folder)
 
 
 @pytest.mark.parametrize("name", ["mrpc", "sst2", "wnli", "qqp"])

@@ -207,6 +207,97 @@ def test_a_picture_that_cannot_be_read_is_refused_by_name(tmp_path):
         images.load(folder, n_train=2, n_test=1, size=8)
 
 
+@pytest.mark.parametrize("most", [40 * 20 - 1, 40 * 20 // 3])  # Pillow warns, Pillow refuses
+def test_a_picture_of_too_many_pixels_is_refused_by_name(tmp_path, monkeypatch, most):
+    folder = write_styles(tmp_path, style_rows(), colours=["red"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    with pytest.raises(InputError, match=rf"/\d.png has more than {most} pixels, which .*: scale it down or leave"):
+        images.load(folder, n_train=2, n_test=1, size=8)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "bmp"])
+def test_a_picture_that_ends_too_early_is_refused_by_name(tmp_path, ending):
+    for row in (rows := style_rows()):
+        row["file_name"] = row["file_name"].replace("png", ending)
+    folder = write_styles(tmp_path, rows)
+    path = tmp_path / rows[0]["file_name"]
+    for share in (0, 0.9):
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+        with pytest.raises(InputError, match=rf"a/0.{ending} cannot be read as a picture"):
+            images.load(folder, n_train=2, n_test=1, size=8)
+
+
+RED, GREEN, WHITE, CLEAR = (255, 0, 0), (0, 255, 0), (255, 255, 255), (9, 9, 9, 0)
+
+
+def halves(mode, left, right):
+    """A picture of two colours, side by side."""
+    picture = Image.new(mode, (8, 8), left)
+    picture.paste(right, (4, 0, 8, 8))
+    return picture
+
+
+def turned():
+    """Red on the left once it is shown upright."""
+    upright = Image.Exif()
+    upright[0x0112] = 6
+    return halves("RGB", RED, GREEN).rotate(90), {"exif": upright}
+
+
+def palette():
+    picture = halves("P", 1, 0)
+    picture.putpalette([9, 9, 9, *RED])
+    return picture, {"transparency": 0}
+
+
+def sixteen_bits():
+    return Image.fromarray(np.repeat([[0] * 4 + [0x8000] * 4], 8, axis=0).astype(np.uint16)), {}
+
+
+SEEN = {
+    "turned": (turned, "png", RED, GREEN),
+    "opaque and clear": (lambda: (halves("RGBA", (*RED, 255), CLEAR), {}), "png", RED, WHITE),
+    "half clear": (lambda: (halves("RGBA", (*RED, 128), CLEAR), {}), "png", (255, 127, 127), WHITE),
+    "grey and clear": (lambda: (halves("LA", (7, 255), (7, 0)), {}), "png", (7, 7, 7), WHITE),
+    "palette": (palette, "png", RED, WHITE),
+    "sixteen bits": (sixteen_bits, "png", (0, 0, 0), (128, 128, 128)),
+    "sixteen bits, tiff": (sixteen_bits, "tiff", (0, 0, 0), (128, 128, 128)),
+    "ink": (lambda: (halves("CMYK", (0, 255, 255, 0), (0, 0, 0, 0)), {}), "tiff", RED, WHITE),
+    "two colours": (lambda: (halves("1", 0, 1), {}), "bmp", (0, 0, 0), WHITE),
+}
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_a_picture_is_read_as_it_is_shown(tmp_path, kind):
+    make, ending, left, right = SEEN[kind]
+    rows = [{"file_name": f"{style}{k}.{ending}", "style": style, "text": "x"} for style in "ab" for k in range(2)]
+    picture, options = make()
+    for row in rows:
+        picture.save(tmp_path / row["file_name"], **options)
+    seen = images.load(write_styles(tmp_path, rows), n_train=1, n_test=1, size=8).train[0]["image"]
+    assert seen.mode == "RGB" and [seen.getpixel((x, 4)) for x in (1, 6)] == [left, right]
+
+
+def test_files_that_other_programs_hide_are_no_pictures(tmp_path):
+    for subject in ("dog", "cat", ".ipynb_checkpoints"):
+        (tmp_path / subject).mkdir()
+        for k in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / subject / f"{k}.png")
+            (tmp_path / subject / f"._{k}.png").write_bytes(b"what a Mac leaves")
+    assert images.load(str(tmp_path), n_train=1, n_test=1, size=8).classes == ("cat", "dog")
+
+
+def test_captions_keep_their_line_separators_and_classes_may_be_numbers(tmp_path):
+    rows = style_rows(2)
+    for row in rows:
+        row |= {"style": "ab".index(row["style"]), "text": "one\u2028two \x85 three"}
+    folder = write_styles(tmp_path, rows)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode("utf-16"))
+    data = images.load(folder, n_train=1, n_test=1, size=8)
+    assert data.classes == ("0", "1") and data.train[0]["prompt"].endswith(" style. one\u2028two \x85 three")
+
+
 def test_no_such_task_too_few_pictures_or_classes(tmp_path):
     with pytest.raises(InputError, match="There is no folder ./nowhere"):
         images.load("./nowhere", **SMALL)

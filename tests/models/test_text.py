@@ -169,7 +169,7 @@ def test_a_task_of_ones_own_in_a_folder(tmp_path):
     ("rows", "message"),
     [
         ([{"prompt": "p", "class": "a"}], "the column 'response' is missing; there are prompt, class."),
-        ([{"prompt": "p", "response": " ", "class": "a"}], "the response of example 0 is empty"),
+        ([{"prompt": "p", "response": " ", "class": "a"}], "train.jsonl: the response of line 1 is empty"),
         ([{"prompt": "p", "response": "r", "class": "a"}], "of one class; class detection needs two"),
     ],
 )

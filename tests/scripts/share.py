@@ -1,9 +1,10 @@
 """Everything that processes share, once: what this process found, and what part of the work was its own.
 
-Arguments: "work" or "meet_damage", and a folder for the stores and what was found.
+Arguments: "work", "meet_damage" or "alone", and a folder for the stores and what was found.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def meet_damage(folder: Path) -> None:
     extraction([])(store=folder / "store")
 
 
+def alone(folder: Path) -> None:
+    if processes.rank_and_count()[0] == 0:
+        extraction([])()
+    time.sleep(100)
+
+
 class Eager(tqdm):
     """A bar that is shown at once and stays."""
 
@@ -84,4 +91,4 @@ class Eager(tqdm):
 
 if __name__ == "__main__":
     progress.tqdm, progress.LONG = Eager, 0
-    {"work": work, "meet_damage": meet_damage}[sys.argv[1]](Path(sys.argv[2]))
+    {"work": work, "meet_damage": meet_damage, "alone": alone}[sys.argv[1]](Path(sys.argv[2]))

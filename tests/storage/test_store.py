@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,9 @@ from safetensors.torch import save_file
 
 import datainf
 from datainf.attribution.influence import layer_rows
+from datainf.errors import InputError
 from datainf.models.losses import classification
+from datainf.storage import files
 from datainf.storage.shards import Shards
 from datainf.storage.store import GradientStore
 
@@ -225,12 +230,64 @@ def test_a_foreign_shard_is_refused(tmp_path, make_model, token_examples, pad_co
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    store = tmp_path / "store"
-    store.mkdir()
-    for process in (dead.pid, os.getpid()):
-        (store / f".shard-00000.safetensors.{process}.part").write_bytes(b"half a shard")
-    Shards.create(store, 4, {"a": 2}, torch.float32)
-    assert [path.name for path in store.glob(".*")] == [f".shard-00000.safetensors.{os.getpid()}.part"]
+    mine, another = f"{files.HOST}.{os.getpid()}", f"another-{files.HOST}.{dead.pid}"
+    for process in (f"{files.HOST}.{dead.pid}", mine, another):
+        half_written(tmp_path / process)
+    left_by_an_older_version = half_written(tmp_path / str(dead.pid))
+    Shards.create(tmp_path, 4, {"a": 2}, torch.float32)
+    left = [f".shard-00000.safetensors.{process}.part" for process in (mine, another)]
+    assert {path.name for path in tmp_path.glob(".*")} == {*left, left_by_an_older_version.name}
+
+
+@pytest.mark.parametrize("process", ["another.1", "a.host.with.dots.1", "1", "another.no-number", f"{files.HOST}.1"])
+def test_what_another_host_was_writing_is_removed_once_it_is_old(tmp_path, process):
+    part, then = half_written(tmp_path / process), time.time() - 2 * 24 * 3600
+    inside = part / "shard-00000.safetensors"
+    os.utime(part, (then, then))
+    Shards.create(tmp_path, 4, {"a": 2}, torch.float32)
+    assert inside.exists()  # since something was written in it just now
+    os.utime(inside, (then, then))
+    os.utime(part, (then, then))
+    Shards.create(tmp_path, 4, {"a": 2}, torch.float32)
+    assert not part.exists()
+
+
+def half_written(place):
+    """A folder beside the store's files, as it is left by the process that `place` is called after."""
+    folder = place.with_name(f".shard-00000.safetensors.{place.name}.part")
+    folder.mkdir()
+    (folder / "shard-00000.safetensors").write_bytes(b"half a shard")
+    return folder
+
+
+@pytest.mark.parametrize("node", ["node7.cluster.example.org", "Ann's Mac", "", "rechner-ä"])
+def test_the_name_of_the_host_has_a_place_in_the_name_of_what_is_written(node, monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: node)
+    assert re.fullmatch("[a-zA-Z0-9_-]+", runpy.run_path(files.__file__)["HOST"])
+
+
+def test_a_file_is_flushed_where_it_may_be_written(tmp_path, monkeypatch):
+    """Windows refuses to flush what was opened to be read."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.write(file, b"")))
+    files.write_whole(tmp_path / "a", "one\ntwo\n")
+    assert flushed == [0] and (tmp_path / "a").read_bytes() == b"one\ntwo\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_home_of_nobody_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (GradientStore.load, GradientStore({"a": torch.ones(2, 3)}).save):
+        with pytest.raises(InputError, match="There is no home folder for the path ~nobody-of-that-name/x: write it"):
+            use("~nobody-of-that-name/x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="A store holds one layer at least; there is none."):
+        GradientStore({})
+    with pytest.raises(ValueError, match="A store holds one example at least; there is none."):
+        GradientStore({"a": torch.ones(0, 3)})
 
 
 def test_sigkill_costs_at_most_a_shard(tmp_path):
