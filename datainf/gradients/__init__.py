@@ -1,6 +1,6 @@
 """A model and data -> G, the per-sample gradients (n, d_l) of every layer.
 
 `per_sample`: the two calls, fast and slow. `layers`: which weights are layers, and what a gradient of a matrix is.
-`recording`: the hooks. `functional`: weights that are no plain matrix. `batches`: which examples share a batch.
-`identity`: which model, data and loss a store is of.
+`recording`: the hooks. `functional`: weights that are no plain matrix. `checking`: are they right? `batches`: which
+examples share a batch. `identity`: which model, data and loss a store is of. README.md: what is exact, slow and refused.
 """
