@@ -2,5 +2,5 @@
 
 `per_sample`: the two calls, fast and slow. `layers`: which weights are layers, and what a gradient of a matrix is.
 `recording`: the hooks. `functional`: weights that are no plain matrix. `checking`: are they right? `batches`: which
-examples share a batch. `identity`: which model, data and loss a store is of. README.md: what is exact, slow and refused.
+examples share a batch. `identity`: of which model, data and loss a store is. README.md: what is exact, slow, refused.
 """

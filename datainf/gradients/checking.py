@@ -1,8 +1,8 @@
 """The gradients of a batch's examples: by the hooks where they are seen to be right, else one example at a time.
 
 What the hooks record is compared with real training: the loss of one example alone, ``backward()``, ``.grad``. In the
-first batch this is done for every layer, with three examples of different lengths, and later for a layer that appears,
-or stays away, for the first time. A layer that disagrees is taken one example at a time from then on, which is slow and
+first batch this is done for every layer, with two examples of different lengths, and later for a layer that appears, or
+stays away, for the first time. A layer that disagrees is taken one example at a time from then on, which is slow and
 right. A loss that is another in a batch than alone is no example's own, and is refused.
 """
 
@@ -109,10 +109,11 @@ class Differentiator:
         return [*appear, *stay_away, *unseen]
 
     def _places(self, found: Mapping[str, Tensor], names: Sequence[str], size: int) -> list[int]:
-        """Places in the batch of which these layers say much: both ends, and the one with the largest gradients."""
+        """Two places in the batch of which these layers say much: its ends, the longest example and a shorter one; of
+        layers that come later, instead of the first that with the largest gradients."""
         norms = sum(found[name].float().norm(dim=1) for name in names if name in found)
-        most = int(torch.argmax(norms[1:-1])) + 1 if isinstance(norms, Tensor) and size > 2 else 0
-        return sorted({0, most, size - 1})
+        few = isinstance(norms, Tensor) and len(names) < len(self.weights)
+        return sorted({int(torch.argmax(norms)) if few else 0, size - 1})
 
     def losses(self, indices: Indices) -> Tensor:
         """The losses alone, shape (k,)."""

@@ -40,7 +40,7 @@ def loss(model, batch):
 
 class Attempt:
     """A process that extracts. It says "began", then the number of examples of each batch: of each shard, and after the
-    first three times one, which are compared with plain training."""
+    first two times one, which are compared with plain training."""
 
     def __init__(self, model, examples, folder: Path):
         self.folder = folder
@@ -114,7 +114,7 @@ def main(folder: Path) -> dict:
         if kind == 0:  # while it looks at what is there
             delay *= start
         else:
-            differentiated += sum(int(attempt.told.readline()) for _ in (ROWS, 1, 1, 1))
+            differentiated += sum(int(attempt.told.readline()) for _ in (ROWS, 1, 1))
             if kind == 1:  # in a write, or shortly after one
                 limit = time.monotonic() + 10 * shard
                 while not attempt.is_writing() and time.monotonic() < limit:
