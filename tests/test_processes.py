@@ -149,6 +149,7 @@ THERE = {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     ],
 )
 def test_a_process_that_was_told_of_others_does_not_wait_for_ever(given, message, monkeypatch):
+    monkeypatch.setattr(processes.PartialState, "_shared_state", {})  # as in a process that has not met anyone
     for name in ("RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "DATAINF_PATIENCE": "1"} | given).items():

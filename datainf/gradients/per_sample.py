@@ -234,7 +234,7 @@ def _naming_all(differentiate: Differentiator, indices_of_batches: Sequence[Sequ
         found = error.examples
     else:
         return
-    raise NotFiniteError([*found, *_not_finite(differentiate, indices_of_batches)])
+    raise NotFiniteError([*found, *_not_finite(differentiate, indices_of_batches)]) from None
 
 
 def check_at_hand(model: nn.Module) -> None:

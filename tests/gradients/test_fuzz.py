@@ -1,7 +1,9 @@
-"""A minute of random models and batches; ``python -m tests.gradients.fuzz`` takes as long as is asked for."""
+"""A minute of random models and batches, always the same ones unless DATAINF_FUZZ_SEED is given.
+
+``python -m tests.gradients.fuzz`` takes as long, and from whatever seed, as is asked for.
+"""
 
 import os
-import random
 
 from tests.gradients.fuzz import fuzz
 
@@ -9,8 +11,8 @@ SECONDS = 60
 
 
 def test_random_models_are_right_or_refused():
-    seed = int(os.environ.get("DATAINF_FUZZ_SEED", random.SystemRandom().randrange(10**6)))
-    print(f"DATAINF_FUZZ_SEED={seed} repeats this")
+    seed = int(os.environ.get("DATAINF_FUZZ_SEED", 0))
+    print(f"DATAINF_FUZZ_SEED={seed}")
     counts = fuzz(SECONDS, seed)
     print(counts)
     assert counts["exact"] > 50 and counts["slow"] > 10 and counts["refused"] > 10
