@@ -29,6 +29,7 @@ def classification(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tenso
     if "labels" not in batch:
         raise InputError(f"The batch has no labels, only {', '.join(inputs)}: name the column of the labels so.")
     check_ids(model, batch)
+    _refuse_padding_on_the_left(batch)
     logits = model(**inputs).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels, kind = batch["labels"], _kind_of_labels(model, logits, batch["labels"])
@@ -69,10 +70,10 @@ def check_ids(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     ids, embeddings = batch.get("input_ids"), getattr(model, "get_input_embeddings", lambda: None)()
     if ids is None or ids.is_cuda or not hasattr(embeddings, "num_embeddings"):
         return
-    if (largest := int(ids.max())) >= embeddings.num_embeddings:
+    if (wrong := ids[(ids < 0) | (ids >= embeddings.num_embeddings)]).numel():
         raise InputError(
-            f"Token {largest} has no embedding, of which the model has {embeddings.num_embeddings}: the tokenizer is "
-            "of another model, or has tokens that were added later."
+            f"Token {wrong[0].item()} has no embedding, of which the model has {embeddings.num_embeddings}: the "
+            "tokenizer is of another model, or has tokens that were added later."
         )
 
 
@@ -175,8 +176,9 @@ def _negative_log_likelihood(
     The first token has nothing before it and is never counted.
     """
     check_ids(model, batch)
-    ids, attended = batch["input_ids"], batch["attention_mask"].bool()
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"], **_positions(model, attended)).logits
+    ids, mask, counted = _padded_right(batch["input_ids"], batch["attention_mask"], counted)
+    attended = mask.bool()
+    logits = model(input_ids=ids, attention_mask=mask).logits
     logits = logits[:, -ids.shape[1] :]  # those of virtual tokens come first
     counted = counted[:, 1:] & attended[:, :-1]
     return _by_example(logits[:, :-1], ids[:, 1:], counted, reduction)
@@ -196,24 +198,24 @@ def _by_example(
 
 def _of_decoder(model: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Float[Tensor, " batch"]:
     """`completion` of an encoder-decoder, whose decoder is given the labels moved on by one."""
-    logits = model(**batch).logits
+    _refuse_padding_on_the_left(batch)
+    logits = model(**batch).logits[:, -batch["labels"].shape[1] :]  # those of virtual tokens come first
     return _by_example(logits, batch["labels"], batch["labels"] != IGNORED, reduction)
 
 
-def _positions(model: nn.Module, attended: Bool[Tensor, "batch tokens"]) -> dict[str, Tensor]:
-    """The positions of tokens after padding on the left, counted from the first that is attended to, for models that
-    would count from the padding. Padding on the right leaves all as it is.
+def _padded_right(ids: Tensor, mask: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same tokens with padding that is on the left moved to the right, since models count positions from there."""
+    if mask[:, 0].all():
+        return ids, mask, counted
+    start = (mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    order = (torch.arange(mask.shape[1], device=mask.device) + start) % mask.shape[1]
+    return ids.gather(1, order), mask.gather(1, order), counted.gather(1, order)
 
-    Raises:
-        InputError: virtual tokens stand before such padding.
-    """
-    if attended[:, 0].all():
-        return {}
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise InputError("Virtual tokens would stand before the padding, which is on the left: pad on the right.")
-    if "position_ids" not in _arguments_of(model):
-        return {}
-    return {"position_ids": (attended.cumsum(dim=1) - 1).clamp(min=0)}
+
+def _refuse_padding_on_the_left(batch: Mapping[str, Tensor]) -> None:
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and not mask[:, 0].all():
+        raise InputError("The batch is padded on the left, which moves the positions of this model: pad on the right.")
 
 
 def _base_of(model: nn.Module) -> nn.Module:
