@@ -64,7 +64,7 @@ def per_sample_gradients(
     A weight that is no plain matrix on tokens or patches (an embedding, IA3's or a normalization's scale, all of DoRA)
     costs a further run of its module, in the module's own precision. What cannot be told apart in a batch, such as a
     weight that something besides its module uses, is taken one example at a time, with a warning. Which is which is
-    seen by comparing two examples with plain training before the work begins; see `gradients.checking`.
+    seen by comparing two examples with plain training in the first batch; see `gradients.checking`.
 
     Args:
         model: any torch module; of a PEFT model the adapter's weights and the saved modules.
