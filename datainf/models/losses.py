@@ -23,22 +23,26 @@ def classification(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tenso
     time (batch, k) the mean of their binary losses, for numbers the mean squared error.
 
     Raises:
-        InputError: labels that are none of the model's, of another shape or missing.
+        InputError: labels that are none of the model's, of another shape or missing; padding that the model would take
+            for text.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if "labels" not in batch:
-        raise InputError(f"The batch has no labels, only {', '.join(inputs)}: name the column of the labels so.")
+    _check_names(batch, "labels")
     check_ids(model, batch)
-    _refuse_padding_on_the_left(batch)
+    misread = _misread_padding(model, batch)
     logits = model(**inputs).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels, kind = batch["labels"], _kind_of_labels(model, logits, batch["labels"])
     if kind == "regression":
-        return (logits - labels.view_as(logits)).square().mean(dim=1)
-    if kind == "multi_label_classification":
+        by_label = (logits - labels.view_as(logits)).square()
+    elif kind == "multi_label_classification":
         by_label = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none")
-        return by_label.mean(dim=1)
-    return nn.functional.cross_entropy(logits, labels.long(), reduction="none")
+    else:
+        wrong = (labels != labels.long()) | (labels < 0) | (labels >= logits.shape[1])
+        _refuse(wrong, labels, f"Label {{}} is not one of the model's: they are 0 to {logits.shape[1] - 1}.")
+        misread = misread | wrong
+        by_label = nn.functional.cross_entropy(logits, labels.long(), reduction="none")[:, None]
+    return by_label.mean(dim=1).masked_fill(misread, torch.nan)
 
 
 def _kind_of_labels(model: nn.Module, logits: Float[Tensor, "batch k"], labels: Tensor) -> str:
@@ -48,16 +52,16 @@ def _kind_of_labels(model: nn.Module, logits: Float[Tensor, "batch k"], labels: 
         InputError: the labels cannot be that.
     """
     n, k = logits.shape
-    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    config = _config_of(model)
+    kind = getattr(config, "problem_type", None)
     if kind is None:
         several = labels.is_floating_point() and labels.dim() > 1
+        if several and k > 1 and getattr(config, "model_type", "").startswith("deberta"):
+            raise InputError("DeBERTa takes such labels for shares of one: set config.problem_type to what they are.")
         kind = "regression" if k == 1 else "multi_label_classification" if several else "single_label_classification"
     allowed = {"regression": [(n, k), (n,)] if k == 1 else [(n, k)], "multi_label_classification": [(n, k)]}
     if (shape := tuple(labels.shape)) not in allowed.get(kind, [(n,)]):
         raise InputError(f"Labels have shape {shape}, but the model has {k} for each of {n} examples, as {kind}.")
-    if kind == "single_label_classification" and not labels.is_cuda:  # where a look at them would wait for the GPU
-        if (wrong := labels[(labels != labels.long()) | (labels < 0) | (labels >= k)]).numel():
-            raise InputError(f"Label {wrong[0].item()} is not one of the model's: they are 0 to {k - 1}.")
     return kind
 
 
@@ -68,13 +72,22 @@ def check_ids(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         InputError: names one.
     """
     ids, embeddings = batch.get("input_ids"), getattr(model, "get_input_embeddings", lambda: None)()
-    if ids is None or ids.is_cuda or not hasattr(embeddings, "num_embeddings"):
+    if ids is None or not hasattr(embeddings, "num_embeddings"):
         return
-    if (wrong := ids[(ids < 0) | (ids >= embeddings.num_embeddings)]).numel():
-        raise InputError(
-            f"Token {wrong[0].item()} has no embedding, of which the model has {embeddings.num_embeddings}: the "
-            "tokenizer is of another model, or has tokens that were added later."
-        )
+    many = embeddings.num_embeddings
+    _refuse(
+        (ids < 0) | (ids >= many),
+        ids,
+        f"Token {{}} has no embedding, of which the model has {many}: the tokenizer is of another model, or has tokens "
+        "that were added later.",
+    )
+
+
+def _refuse(wrong: Bool[Tensor, " *shape"], values: Tensor, sentence: str) -> None:
+    """Raise InputError where a value is wrong, which the sentence names. On a GPU a look would wait for all that is
+    under way there, so that what is wrong is left to the GPU's own assertions, or to a loss that is no number."""
+    if not wrong.is_cuda and wrong.any():
+        raise InputError(sentence.format(values[wrong][0].item()))
 
 
 def completion(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str = "mean") -> Float[Tensor, " batch"]:
@@ -83,11 +96,19 @@ def completion(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str 
     `batch` has ``input_ids``, ``attention_mask`` and ``labels``, all (batch, tokens), as `causal_lm.encode` makes them:
     labels are the input ids on the response and its end, `IGNORED` elsewhere; padding may be on either side.
     `reduction` over an example's tokens: "mean" or "sum". Of an encoder-decoder the labels are the response alone,
-    (batch, tokens of the response).
+    (batch, tokens of the response). The loss of an example of which no token counts is no number.
+
+    Raises:
+        InputError: something of that is missing, or a label is another token than the one in its place.
     """
     if _is_encoder_decoder(model):
         return _of_decoder(model, batch, reduction)
-    return _negative_log_likelihood(model, batch, batch["labels"] != IGNORED, reduction)
+    _check_names(batch, "input_ids", "attention_mask", "labels")
+    labels, counted = batch["labels"], batch["labels"] != IGNORED
+    other = counted & (labels != batch["input_ids"])
+    _refuse(other, labels, "The label {} is not the input id in its place: labels are the input ids, or -100.")
+    losses = _negative_log_likelihood(model, batch, counted, reduction)
+    return losses.masked_fill(other.any(dim=1), torch.nan)
 
 
 def as_published(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str = "mean") -> Float[Tensor, " batch"]:
@@ -96,9 +117,10 @@ def as_published(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: st
     There the padding counts too; here it does not, so that an example's loss does not depend on its batch.
 
     Raises:
-        InputError: the model is an encoder-decoder, which gives its prompt no likelihood.
+        InputError: the batch lacks something, or the model is an encoder-decoder, which gives its prompt no likelihood.
     """
     _refuse_encoder_decoder(model)
+    _check_names(batch, "input_ids", "attention_mask", "labels")
     prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
     return _negative_log_likelihood(model, batch, prompt, reduction)
 
@@ -106,6 +128,7 @@ def as_published(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: st
 def full(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str = "mean") -> Float[Tensor, " batch"]:
     """Negative log-likelihood of prompt and response together. Errors as of `as_published`."""
     _refuse_encoder_decoder(model)
+    _check_names(batch, "input_ids", "attention_mask")
     return _negative_log_likelihood(model, batch, batch["attention_mask"].bool(), reduction)
 
 
@@ -193,14 +216,19 @@ def _by_example(
     by_token = nn.functional.cross_entropy(logits, ids[counted], reduction="none")
     examples = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
     total = by_token.new_zeros(len(ids)).index_add(0, examples, by_token)
-    return total / counted.sum(dim=1) if reduction == "mean" else total
+    number = counted.sum(dim=1)
+    return total / number if reduction == "mean" else total.masked_fill(number == 0, torch.nan)
 
 
 def _of_decoder(model: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Float[Tensor, " batch"]:
     """`completion` of an encoder-decoder, whose decoder is given the labels moved on by one."""
-    _refuse_padding_on_the_left(batch)
+    _check_names(batch, "labels")
+    check_ids(model, batch)
+    misplaced = _padded_at(batch, 0)
+    _refuse(misplaced, misplaced, ON_THE_LEFT)
     logits = model(**batch).logits[:, -batch["labels"].shape[1] :]  # those of virtual tokens come first
-    return _by_example(logits, batch["labels"], batch["labels"] != IGNORED, reduction)
+    losses = _by_example(logits, batch["labels"], batch["labels"] != IGNORED, reduction)
+    return losses.masked_fill(misplaced, torch.nan)
 
 
 def _padded_right(ids: Tensor, mask: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,14 +240,68 @@ def _padded_right(ids: Tensor, mask: Tensor, counted: Tensor) -> tuple[Tensor, T
     return ids.gather(1, order), mask.gather(1, order), counted.gather(1, order)
 
 
-def _refuse_padding_on_the_left(batch: Mapping[str, Tensor]) -> None:
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and not mask[:, 0].all():
-        raise InputError("The batch is padded on the left, which moves the positions of this model: pad on the right.")
+ON_THE_LEFT = "The batch is padded on the left, which moves the positions of this model: pad on the right."
+ON_THE_RIGHT = "The batch is padded on the right, where this model sums its texts up: pad on the left."
+
+
+def _misread_padding(model: nn.Module, batch: Mapping[str, Tensor]) -> Bool[Tensor, " batch"]:
+    """The examples whose padding this classifier would take for text.
+
+    Raises:
+        InputError: there are some (on a GPU they are only returned).
+    """
+    mask, ids, config = batch.get("attention_mask"), batch.get("input_ids"), _config_of(model)
+    at_the_end = getattr(config, "summary_type", None) == "last"  # XLNet sums a text up in the last place
+    misplaced = _padded_at(batch, -1 if at_the_end else 0)
+    _refuse(misplaced, misplaced, ON_THE_RIGHT if at_the_end else ON_THE_LEFT)
+    if ids is None or mask is None or mask.shape != ids.shape or not _finds_the_end_by_id(model):
+        return misplaced
+    padding = -1 if config.pad_token_id is None else config.pad_token_id
+    strange = (mask == 0) & (ids != padding)
+    _refuse(
+        strange,
+        ids,
+        f"The batch is padded with token {{}}, but the model's config.pad_token_id is {config.pad_token_id}, by which "
+        "this model finds where a text ends: set one to the other.",
+    )
+    return misplaced | strange.any(dim=1)
+
+
+def _finds_the_end_by_id(model: nn.Module) -> bool:
+    """Whether a classifier sums a text up in its last token, and knows it by the ids alone, as decoders do."""
+    forwards = [
+        inspect.unwrap(vars(kind)["forward"]) for kind in type(_base_of(model)).mro() if "forward" in vars(kind)
+    ]
+    ids = {"pad_token_id", "eos_token_id"}
+    return any(ids.intersection(forward.__code__.co_names) for forward in forwards if hasattr(forward, "__code__"))
+
+
+def _padded_at(batch: Mapping[str, Tensor], place: int) -> Bool[Tensor, " batch"]:
+    """Which examples have padding in this place; none where no mask says so."""
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    if mask is None or mask.dim() != 2:
+        return torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    return mask[:, place] == 0
+
+
+def _check_names(batch: Mapping[str, Tensor], *names: str) -> None:
+    """Refuse a batch that lacks something.
+
+    Raises:
+        InputError: names it.
+    """
+    if missing := next((name for name in names if name not in batch), None):
+        raise InputError(f"The batch has no {missing!r}, only {', '.join(batch)}: have the collator make it.")
 
 
 def _base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _config_of(model: nn.Module) -> object:
+    """The configuration of a transformers model, or of what of it reads text; None of any other model."""
+    config = getattr(_base_of(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _arguments_of(model: nn.Module) -> set[str]:

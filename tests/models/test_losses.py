@@ -15,18 +15,30 @@ from transformers import (
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RobertaForSequenceClassification,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 import datainf
@@ -34,7 +46,8 @@ from datainf.errors import InputError
 from datainf.models import losses
 from datainf.models.losses import IGNORED, as_published, classification, completion, denoising, full
 
-SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+PADDING = 1
+SIZE = {"vocab_size": 40, "pad_token_id": PADDING, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = SIZE | {"intermediate_size": 24}
 DECODERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, num_key_value_heads=1)),
@@ -42,6 +55,9 @@ DECODERS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
     "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**WIDE)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**SIZE, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32)),
+    "roberta": lambda: RobertaForCausalLM(RobertaConfig(**WIDE, max_position_embeddings=32, is_decoder=True)),
+    "rwkv": lambda: RwkvForCausalLM(RwkvConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2)),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)),
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2)),
 }
 TEXTS = [torch.arange(3, 3 + length) * 7 % 40 for length in (5, 9, 4, 7)]
@@ -67,7 +83,7 @@ def padded(side, prompt=PROMPT):
 
     labels = [torch.where(torch.arange(len(row)) < prompt, IGNORED, row) for row in TEXTS]
     return {
-        "input_ids": torch.stack([fill(row, 1) for row in TEXTS]),
+        "input_ids": torch.stack([fill(row, PADDING) for row in TEXTS]),
         "attention_mask": torch.stack([fill(torch.ones_like(row), 0) for row in TEXTS]),
         "labels": torch.stack([fill(row, IGNORED) for row in labels]),
     }
@@ -192,6 +208,84 @@ def test_classifiers_of_every_kind_have_their_own_loss(settings, labels):
             torch.testing.assert_close(loss, model(input_ids=row[None], labels=label[None]).loss)
 
 
+CLASSIFIERS = {
+    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**WIDE, num_key_value_heads=1, num_labels=3)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**WIDE, num_labels=3)),
+    "xlnet": lambda: XLNetForSequenceClassification(
+        XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=24, pad_token_id=PADDING, num_labels=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_read_a_padded_text_as_the_text_alone_or_refuse_it(name):
+    model, labels = made(CLASSIFIERS[name]), torch.tensor([0, 2, 1, 1])
+    right, wrong = ("left", "right") if name == "xlnet" else ("right", "left")
+    with torch.no_grad():
+        found = classification(model, padded(right) | {"labels": labels})
+        for row, label, loss in zip(TEXTS, labels, found, strict=True):
+            assert_close(loss, model(input_ids=row[None], labels=label[None]).loss)
+    with pytest.raises(InputError, match=f"pad on the {right}"):
+        classification(model, padded(wrong) | {"labels": labels})
+    if name != "llama":  # the others know padding by the mask
+        model.config.pad_token_id = 2
+        assert torch.equal(classification(model, padded(right) | {"labels": labels}), found)
+        return
+    for known, sentence in ((2, "config.pad_token_id is 2"), (None, "config.pad_token_id is None")):
+        model.config.pad_token_id = known
+        with pytest.raises(InputError, match=f"padded with token 1, but the model's {sentence}"):
+            classification(model, padded(right) | {"labels": labels})
+
+
+def test_labels_whose_meaning_depends_on_the_model_are_asked_for():
+    model = made(lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**WIDE, num_labels=3)))
+    batch = padded("right") | {"labels": torch.tensor([[0.0, 0.2, 0.8]] * 4).double()}
+    with pytest.raises(InputError, match="set config.problem_type"):
+        classification(model, batch)
+    model.config.problem_type = "multi_label_classification"
+    with torch.no_grad():
+        assert_close(classification(model, batch).mean(), model(**batch).loss)
+
+
+def test_a_batch_that_lacks_something_is_refused_by_name():
+    model = made(DECODERS["llama"])
+    for loss_fn in (completion, as_published, full):
+        for name in ("attention_mask", "input_ids"):
+            batch = padded("right")
+            del batch[name]
+            with pytest.raises(InputError, match=f"The batch has no '{name}', only "):
+                loss_fn(model, batch)
+
+
+def test_labels_that_are_not_the_tokens_are_refused():
+    batch = padded("right")
+    batch["labels"][2, 3] = 17
+    with pytest.raises(InputError, match="The label 17 is not the input id in its place"):
+        completion(made(DECODERS["llama"]), batch)
+
+
+def test_where_nobody_looks_what_is_wrong_has_no_loss(monkeypatch):
+    """As on a GPU, where looking would wait for it."""
+    monkeypatch.setattr(losses, "_refuse", lambda *_: None)
+    batch = padded("right")
+    batch["labels"][2, 3] = 17
+    assert completion(made(DECODERS["llama"]), batch).isnan().tolist() == [False, False, True, False]
+    model, labels = made(CLASSIFIERS["llama"]), torch.tensor([0, 0.5, 1, 2])
+    batch = padded("right") | {"labels": labels}
+    batch["input_ids"][2, -1] = PADDING + 1
+    assert classification(model, batch).isnan().tolist() == [False, True, True, False]
+    batch = padded("left") | {"labels": torch.full((4, 2), 3)}
+    assert completion(made(ENCODER_DECODERS["t5"]), batch).isnan().tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_text_of_which_no_token_counts_has_no_loss(reduction):
+    batch = padded("right")
+    batch["labels"][1] = IGNORED
+    found = completion(made(DECODERS["llama"]), batch, reduction=reduction)
+    assert found.isnan().tolist() == [False, True, False, False]
+
+
 def test_labels_that_are_none_of_the_models_are_refused():
     def refused(sentence, labels, **settings):
         settings = {"num_labels": 3} | settings
@@ -209,13 +303,13 @@ def test_labels_that_are_none_of_the_models_are_refused():
     refused(r"Labels have shape \(3,\)", torch.zeros(3), num_labels=1)
     model = BertForSequenceClassification(BertConfig(**WIDE, max_position_embeddings=32))
     inputs = {name: value for name, value in padded("right").items() if name != "labels"}
-    with pytest.raises(InputError, match="The batch has no labels, only input_ids, attention_mask"):
+    with pytest.raises(InputError, match="The batch has no 'labels', only input_ids, attention_mask"):
         classification(model, inputs | {})
 
 
 def test_tokens_without_an_embedding_are_refused():
     batch = padded("right")
-    batch["input_ids"][1, 2] = 40
+    batch["input_ids"][1, 2] = batch["labels"][1, 2] = 40
     for make, loss_fn in ((DECODERS["llama"], completion), (DECODERS["gpt2"], full)):
         with pytest.raises(InputError, match="Token 40 has no embedding, of which the model has 40"):
             loss_fn(made(make), batch)
