@@ -158,7 +158,7 @@ class Differentiator:
                 if losses.requires_grad:
                     weighted = self.recorder.weighted(losses)
                     losses.sum().backward()
-                    self.recorder.find_misaligned(losses.detach(), weighted)
+                    self.recorder.find_misaligned(losses.detach(), weighted, self._tolerance())
         except (RuntimeError, ValueError, IndexError) as error:
             if not self.recorder.expanded or self.recorder.only_these_expand or should_reduce_batch_size(error):
                 raise

@@ -103,19 +103,26 @@ class Recorder:
         finally:
             self._muted = False
 
-    def find_misaligned(self, losses: Tensor, weighted: Sequence[Tensor | None]) -> None:
+    def find_misaligned(
+        self, losses: Tensor, weighted: Sequence[Tensor | None], tolerance: tuple[float, float]
+    ) -> None:
         """After it: break layers whose module sees as many rows as there are examples by chance, such as an expert to
-        which as many tokens fall. Where its rows are the examples, each row's gradient has its example's weight."""
+        which as many tokens fall. Where its rows are the examples, each row's gradient has its example's weight, but for
+        a `tolerance`: a part of that row, and of the largest."""
+        part, floor = tolerance
         by = self._weights(losses).repeat_interleave(self.rows_per_example)
         for (names, _, seen), again in zip(self._begun, weighted, strict=bool(weighted)):
             for plain in seen:
                 if len(plain) == len(by):
                     expected = plain * by.view(-1, *[1] * (plain.dim() - 1))
-                    if again is None or (again - expected).norm() > 0.05 * expected.norm():
+                    apart, size = (again - expected).flatten(1).norm(dim=1), expected.flatten(1).norm(dim=1)
+                    if again is None or (apart > part * size + floor * size.max()).any():
                         self._break(names, "its module sees as many rows as there are examples, but not one of each")
 
     def _weights(self, losses: Tensor) -> Tensor:
-        return torch.linspace(0.5, 1.5, self.size, device=losses.device, dtype=losses.dtype)
+        """From 0.5 to 1.5, by the golden ratio: far apart for neighbours, whose rows are the first to be mistaken."""
+        places = torch.arange(self.size, device=losses.device, dtype=torch.float64)
+        return (0.5 + (places * 0.6180339887498949).frac()).to(losses.dtype)
 
     def copy_what_was_lost(self) -> bool:
         """Whether a module's output came to nothing in the backward pass. It may have been written over in place, which
