@@ -107,16 +107,17 @@ class Recorder:
         self, losses: Tensor, weighted: Sequence[Tensor | None], tolerance: tuple[float, float]
     ) -> None:
         """After it: break layers whose module sees as many rows as there are examples by chance, such as an expert to
-        which as many tokens fall. Where its rows are the examples, each row's gradient has its example's weight, but for
-        a `tolerance`: a part of that row, and of the largest."""
+        which as many tokens fall. Where its rows are the examples, each row's gradient has its example's weight, but
+        for a `tolerance`: a part of that row, and of the largest."""
         part, floor = tolerance
         by = self._weights(losses).repeat_interleave(self.rows_per_example)
         for (names, _, seen), again in zip(self._begun, weighted, strict=bool(weighted)):
             for plain in seen:
                 if len(plain) == len(by):
                     expected = plain * by.view(-1, *[1] * (plain.dim() - 1))
-                    apart, size = (again - expected).flatten(1).norm(dim=1), expected.flatten(1).norm(dim=1)
-                    if again is None or (apart > part * size + floor * size.max()).any():
+                    size = expected.reshape(len(by), -1).norm(dim=1)
+                    apart = size if again is None else (again - expected).reshape(len(by), -1).norm(dim=1)
+                    if (apart > part * size + floor * size.max()).any():
                         self._break(names, "its module sees as many rows as there are examples, but not one of each")
 
     def _weights(self, losses: Tensor) -> Tensor:
