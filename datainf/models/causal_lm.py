@@ -26,6 +26,7 @@ from datainf.errors import InputError
 from datainf.models import lora
 from datainf.models.lora import FineTuned, Recipe
 from datainf.models.losses import IGNORED
+from datainf.models.training import Training
 from datainf.progress import bar
 
 QUANTIZATION = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
@@ -66,18 +67,13 @@ def fine_tune(
         revision = lora.weights_revision(model)
         model, history = lora.on_device(lora.load_adapter(model, adapter)), lora.no_history()
         lora.check_shape(model, recipe, adapter)
+        training = None
     else:
-        model, history, revision = lora.fine_tune(
-            lambda: load(base, quantization, seed=recipe.seed),
-            train,
-            test,
-            collate,
-            recipe,
-            task_type="CAUSAL_LM",
-            data_revision=task.revision,
-            folder=folder,
+        training = Training(
+            lambda: load(base, quantization, seed=recipe.seed), train, test, collate, recipe, task_type="CAUSAL_LM"
         )
-    return FineTuned(model, tokenizer, train, test, collate, history, revision)
+        model, history, revision = lora.fine_tune(training, data_revision=task.revision, folder=folder)
+    return FineTuned(model, tokenizer, train, test, collate, history, revision, training)
 
 
 def load_tokenizer(base: str) -> tuple[PreTrainedTokenizerBase, int]:

@@ -19,6 +19,7 @@ from transformers import (
 from datainf.data.glue import NoisyTask
 from datainf.models import lora
 from datainf.models.lora import FineTuned, Recipe
+from datainf.models.training import Training
 
 MAX_LENGTH = 128
 
@@ -36,18 +37,17 @@ def fine_tune(base: str, task: NoisyTask, recipe: Recipe, *, folder: str | Path)
     tokenizer = lora.from_pretrained(AutoTokenizer, base)
     train, validation = (tokenize(split, tokenizer, task.columns) for split in (task.train, task.validation))
     collate = DataCollatorWithPadding(tokenizer)
-    model, history, revision = lora.fine_tune(
+    training = Training(
         lambda: load(base, seed=recipe.seed),
         train,
         validation,
         collate,
         recipe,
         task_type="SEQ_CLS",
-        data_revision=task.revision,
-        folder=folder,
         compute_metrics=_accuracy,
     )
-    return FineTuned(model, tokenizer, train, validation, collate, history, revision)
+    model, history, revision = lora.fine_tune(training, data_revision=task.revision, folder=folder)
+    return FineTuned(model, tokenizer, train, validation, collate, history, revision, training)
 
 
 def load(base: str, num_labels: int = 2, *, seed: int = 0) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from datainf.gradients.per_sample import LossFn
 from datainf.models import lora
 from datainf.models.lora import FineTuned, Recipe
 from datainf.models.losses import denoising
+from datainf.models.training import Training
 from datainf.progress import bar
 
 TIMESTEPS = (25, 225, 425, 525, 725, 925)
@@ -171,22 +172,23 @@ def fine_tune(
     if adapter:
         model, history = lora.on_device(lora.load_adapter(pipeline.unet, adapter)), lora.no_history()
         lora.check_shape(model, recipe, adapter)
+        training = None
     else:
         pipeline.unet = None  # makes room for the one that is trained
-        model, history, _ = lora.fine_tune(
+        training = Training(
             lambda: load_unet(base, seed=recipe.seed),
             train.clean(),
             query.but(timesteps=TIMESTEPS, draws=1),
             default_collate,
             recipe,
             task_type=None,
-            data_revision=task.revision,
-            revision=revision,
-            folder=folder,
             loss=training_loss(scheduler),
         )
+        model, history, _ = lora.fine_tune(training, data_revision=task.revision, revision=revision, folder=folder)
     pipeline.unet = model.eval().get_base_model()  # the adapter's matrices are within it
-    return FineTunedPipeline(model, pipeline.tokenizer, train, query, default_collate, history, revision, pipeline)
+    return FineTunedPipeline(
+        model, pipeline.tokenizer, train, query, default_collate, history, revision, training, pipeline
+    )
 
 
 def load(base: str) -> StableDiffusionPipeline:

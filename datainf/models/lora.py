@@ -5,28 +5,29 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from filelock import FileLock
+from jaxtyping import Bool
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from datainf import demo
+from datainf import demo, progress
 from datainf.errors import InputError
-from datainf.gradients.per_sample import LossFn
-from datainf.models import training
-from datainf.models.training import Recipe
+from datainf.models import losses
+from datainf.models.training import Recipe, Training, train
 from datainf.storage.files import write_whole
 
 ADAPTER, HISTORY, ORIGIN, CHECKPOINTS = "adapter", "history.csv", "origin.json", "checkpoints"
@@ -42,6 +43,7 @@ __all__ = [
     "no_history",
     "on_device",
     "quiet",
+    "retrain",
     "weights_revision",
 ]
 
@@ -58,6 +60,7 @@ class FineTuned:
         history: a row per epoch, or five in all where the recipe counts steps: step, epoch, loss (mean training loss),
             query_loss, and accuracy of a classifier.
         revision: which base: the hub's commit, or a hash of the weights in its folder.
+        training: what it was made by, for `retrain`; None of an adapter that came from elsewhere.
     """
 
     model: PeftModel
@@ -67,6 +70,7 @@ class FineTuned:
     collate: Callable[[list], dict]
     history: pd.DataFrame
     revision: str
+    training: Training | None
 
     @property
     def accuracy(self) -> float:
@@ -168,29 +172,16 @@ def _misfit(folder: str, model: nn.Module, why: str) -> str:
 
 
 def fine_tune(
-    load: Callable[[], nn.Module],
-    train: Dataset,
-    query: Dataset,
-    collate: Callable[[list], dict],
-    recipe: Recipe,
-    *,
-    task_type: str | None,
-    data_revision: str,
-    revision: str = "",
-    folder: str | Path,
-    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-    loss: LossFn | None = None,
+    training: Training, *, data_revision: str, revision: str = "", folder: str | Path
 ) -> tuple[PeftModel, pd.DataFrame, str]:
-    """Fine-tune the base that `load` gives, or load what an earlier call with this `folder` has finished.
+    """Fine-tune a base, or load what an earlier call with this `folder` has finished.
 
     A call that was killed goes on from its last checkpoint and ends with the same weights.
 
     Args:
-        load: gives the base afresh, with the same weights each time.
         data_revision: which data; a folder made from other data is refused.
-        revision: which base, where that is more than the model that `load` gives.
+        revision: which base, where that is more than the model that ``training.load`` gives.
         folder: keeps the adapter, the curve and the checkpoints.
-        loss: one loss per example; by default the model's own.
 
     Returns:
         The model with its adapter, the curve by epoch, and the base's revision: see `FineTuned`.
@@ -200,27 +191,70 @@ def fine_tune(
             recipe.
     """
     folder = Path(folder).expanduser()
-    model = load()
+    model = training.load()
     revision = revision or weights_revision(model)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # another run may be after the same model
-        _check_origin(folder / ORIGIN, {"base": revision, "data": data_revision, "recipe": asdict(recipe)})
+        _check_origin(folder / ORIGIN, {"base": revision, "data": data_revision, "recipe": asdict(training.recipe)})
         if not (folder / HISTORY).is_file():
-            adapted = attach_adapter(model, recipe, task_type)
-            history = training.train(
-                adapted, train, query, collate, recipe, folder / CHECKPOINTS, compute_metrics=compute_metrics, loss=loss
-            )
+            adapted = attach_adapter(model, training.recipe, training.task_type)
+            history = train(adapted, training, folder / CHECKPOINTS)
             adapted.save_pretrained(folder / ADAPTER)
             # Written last: its presence says that the adapter beside it is finished.
             write_whole(folder / HISTORY, history.to_csv(index=False))
             shutil.rmtree(folder / CHECKPOINTS)
-            # Not the model that was trained: the Trainer leaves its mixed precision wrapped around that one's forward.
             del adapted, model
             clear_device_cache(garbage_collection=True)  # a large base does not fit twice
-            model = load()
+            model = training.load()
         adapted = load_adapter(model, folder / ADAPTER)
         history = pd.read_csv(folder / HISTORY)
     return on_device(adapted), history, revision
+
+
+def retrain(
+    training: Training, kept: Bool[np.ndarray, " n"], *, same_batches: bool = False, order: int | None = None
+) -> PeftModel:
+    """Fine-tune anew as `fine_tune` did, but without some of the training examples; nothing is written.
+
+    With all kept, in the same order, the weights are those of `fine_tune`, to the bit. The base and the adapter's first
+    weights are always the same.
+
+    Args:
+        kept: which examples are trained on.
+        same_batches: leave the others where they are in the batches, with weight 0, so that nothing else changes. By
+            default the batches are of the kept examples alone, drawn anew.
+        order: the seed of the order of examples and of dropout; by default the recipe's.
+
+    Raises:
+        InputError: no example is kept.
+    """
+    if not kept.any():
+        raise InputError("No example is kept to train on.")
+    examples, loss = training.examples, training.loss
+    if same_batches:
+        examples = _weighted(examples, kept.astype("float32").tolist())
+        loss = losses.weighted(loss or losses.OF_TRAINING[training.task_type])
+    elif not kept.all():
+        examples = _some(examples, np.flatnonzero(kept))
+    recipe = training.recipe if order is None else replace(training.recipe, seed=order)
+    # The loss of one query is followed, since an evaluation draws a random number, after which dropout goes on.
+    again = replace(
+        training, examples=examples, query=_some(training.query, [0]), loss=loss, recipe=recipe, compute_metrics=None
+    )
+    adapted = attach_adapter(training.load(), training.recipe, training.task_type)
+    with progress.off():
+        train(adapted, again, None)
+    return on_device(adapted.eval())
+
+
+def _some(examples: Sequence, places: Sequence[int]) -> Sequence:
+    return examples.select(places) if isinstance(examples, Dataset) else [examples[place] for place in places]
+
+
+def _weighted(examples: Sequence, weights: list[float]) -> Sequence:
+    if isinstance(examples, Dataset):
+        return examples.add_column(losses.WEIGHT, weights)
+    return [example | {losses.WEIGHT: weight} for example, weight in zip(examples, weights, strict=True)]
 
 
 def on_device(model: PeftModel) -> PeftModel:

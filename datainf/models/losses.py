@@ -149,6 +149,23 @@ def text(name: str, reduction: str) -> Callable[[nn.Module, Mapping[str, Tensor]
     return partial(TEXT[name], reduction=reduction)
 
 
+def right_label(model: nn.Module, batch: Mapping[str, Tensor]) -> Bool[Tensor, " batch"]:
+    """Whether a classifier gives each example its label."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**inputs).logits.argmax(dim=-1) == batch["labels"]
+
+
+def right_response(model: nn.Module, batch: Mapping[str, Tensor]) -> Bool[Tensor, " batch"]:
+    """Whether a causal language model, always taking the likeliest token, would respond with just the response.
+
+    It would where every token of the response, its end included, is the likeliest after the true ones before it.
+    """
+    response = batch["labels"] != IGNORED
+    ids, mask, response = _padded_right(batch["input_ids"], batch["attention_mask"], response)
+    likeliest = model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] : -1].argmax(dim=-1)
+    return ((likeliest == ids[:, 1:]) | ~response[:, 1:]).all(dim=1)
+
+
 def denoising(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str = "mean") -> Float[Tensor, " batch"]:
     """Squared error of what a diffusion model says about the noise in a picture's latents (paper section 4.3).
 
@@ -189,6 +206,24 @@ def image(name: str) -> dict[str, object]:
     if name not in IMAGE:
         raise InputError(f"Unknown loss {name!r}: choose one of {', '.join(IMAGE)}.")
     return IMAGE[name]
+
+
+WEIGHT = "weight"
+"""The column of an example's weight in the loss that a model is trained by."""
+
+OF_TRAINING = {"SEQ_CLS": classification, "CAUSAL_LM": partial(completion, reduction="sum")}
+"""PEFT's task type -> what an example adds to the loss by which transformers trains such a model, which is that of a
+batch divided by its examples, or by its tokens."""
+
+
+def weighted(loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]) -> Callable:
+    """A loss, times the weight of each example where the batch has one."""
+
+    def times_weight(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
+        rest = {name: value for name, value in batch.items() if name != WEIGHT}
+        return loss(model, rest) * batch.get(WEIGHT, 1)
+
+    return times_weight
 
 
 def _negative_log_likelihood(

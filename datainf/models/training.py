@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -66,42 +68,56 @@ class Recipe:
         return self.batch_size // self.accumulate
 
 
-def train(
-    model: PeftModel,
-    examples: Sequence,
-    query: Sequence,
-    collate: Callable[[list], dict],
-    recipe: Recipe,
-    checkpoints: Path,
-    *,
-    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-    loss: LossFn | None = None,
-) -> pd.DataFrame:
-    """Train `model` in place on `examples`, from the last checkpoint where there is one.
+@dataclass(frozen=True)
+class Training:
+    """What a fine-tuning is made of, besides its base and its recipe.
+
+    Attributes:
+        load: gives the base afresh, with the same weights each time.
+        examples: what is trained on.
+        query: the examples whose loss is followed.
+        collate: makes a padded batch of a list of either.
+        task_type: PEFT's: "SEQ_CLS", "CAUSAL_LM", or None.
+        loss: one loss per example; by default the model's own.
+        compute_metrics: of the queries, for the Trainer.
+    """
+
+    load: Callable[[], nn.Module]
+    examples: Sequence
+    query: Sequence
+    collate: Callable[[list], dict]
+    recipe: Recipe
+    task_type: str | None
+    loss: LossFn | None = None
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+
+
+def train(model: PeftModel, training: Training, checkpoints: Path | None) -> pd.DataFrame:
+    """Train `model`, the base with its adapter, in place.
 
     Args:
-        query: examples whose loss is followed.
-        loss: one loss per example; by default the model's own.
+        checkpoints: a folder to go on from the last checkpoint that is there, and to keep others in; None keeps none.
 
     Returns:
         The curve, one row per epoch, or `REPORTS` in all where the recipe counts steps: see `lora.FineTuned`.
     """
-    arguments = _arguments(recipe, checkpoints, tokenized="input_ids" in examples[0], own_loss=loss is None)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        eval_dataset=query,
-        data_collator=collate,
-        compute_metrics=compute_metrics,
-    )
-    trainer.loss = loss
-    # Only a language model divides its loss by all the tokens of a batch in parts. Other losses are means, and without
-    # this the Trainer would add them up.
-    trainer.model_accepts_loss_kwargs = model.active_peft_config.task_type == "CAUSAL_LM"
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress)
-    trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
+    with TemporaryDirectory() as nowhere:
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(training, checkpoints or Path(nowhere), saves=checkpoints is not None),
+            train_dataset=training.examples,
+            eval_dataset=training.query,
+            data_collator=training.collate,
+            compute_metrics=training.compute_metrics,
+        )
+        trainer.loss = training.loss
+        # Only a language model divides its loss by all the tokens of a batch in parts. Other losses are means, and
+        # without this the Trainer would add them up.
+        trainer.model_accepts_loss_kwargs = training.task_type == "CAUSAL_LM"
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Progress)
+        trainer.train(resume_from_checkpoint=_last_whole(checkpoints) if checkpoints is not None else None)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its mixed precision stays around it otherwise
     log = pd.DataFrame(trainer.state.log_history)
     curves = {"loss": "loss", "eval_loss": "query_loss", "eval_accuracy": "accuracy"}
     found = {
@@ -112,23 +128,25 @@ def train(
     return pd.DataFrame(found).reset_index()
 
 
-def _arguments(recipe: Recipe, checkpoints: Path, *, tokenized: bool, own_loss: bool) -> TrainingArguments:
+def _arguments(training: Training, folder: Path, *, saves: bool) -> TrainingArguments:
+    recipe, tokenized = training.recipe, "input_ids" in training.examples[0]
     often = {"strategy": "steps", "steps": max(1, recipe.steps // REPORTS)} if recipe.steps else {"strategy": "epoch"}
     return TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(folder),
         learning_rate=recipe.learning_rate,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.steps or -1,
         per_device_train_batch_size=recipe.part_size,
         per_device_eval_batch_size=recipe.part_size,
         gradient_accumulation_steps=recipe.accumulate,
-        **{f"{what}_{name}": value for what in ("eval", "save", "logging") for name, value in often.items()},
+        **{f"{what}_{name}": value for what in ("eval", "save", "logging") for name, value in often.items()}
+        | ({} if saves else {"save_strategy": "no"}),
         save_total_limit=1,
         # Like lengths share a batch: far less padding.
         train_sampling_strategy="group_by_length" if tokenized else "random",
         # A loss of one's own takes what it needs from the batch, under its own names.
-        remove_unused_columns=own_loss,
-        label_names=None if own_loss else ["target"],
+        remove_unused_columns=training.loss is None,
+        label_names=None if tokenized else ["target"],
         seed=recipe.seed,
         bf16=recipe.bf16,
         use_cpu=not torch.accelerator.is_available(),
@@ -146,7 +164,8 @@ class _Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self.loss(model, inputs).mean()
+        losses = self.loss(model, inputs)
+        loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
 
