@@ -14,13 +14,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate.utils import send_to_device
 from jaxtyping import Bool, Float
 from torch import nn
 
 from datainf import processes
 from datainf.errors import InputError
-from datainf.gradients.batches import batches as batches_of
+from datainf.models.forward import of_each
 from datainf.models.lora import FineTuned, retrain
 from datainf.progress import bar
 from datainf.storage.files import fill_whole, place, remove_stale
@@ -302,22 +301,9 @@ def outcomes(
             order=None if retraining.order < 0 else retraining.order,
         )
         losses, right = (
-            None if of is None else values(model, tuned.query, of, tuned.collate, batch_size=batch_size)
+            None if of is None else of_each(model, tuned.query, of, tuned.collate, batch_size=batch_size)
             for of in (loss_fn, right_fn)
         )
-        return losses, None if right is None else right.astype(bool)
+        return losses, right
 
     return outcome_of
-
-
-@torch.no_grad()
-def values(
-    model: nn.Module, examples: Sequence, of: LossFn, collate: Callable[[list], Mapping], *, batch_size: int = 32
-) -> Float[np.ndarray, " m"]:
-    """What a function (model, batch) -> (batch,) gives of each of the examples, in float32."""
-    found = np.zeros(len(examples), dtype="float32")
-    device = next(model.parameters()).device
-    for places in batches_of(examples, 0, len(examples), batch_size=batch_size, batch_tokens=None):
-        batch = send_to_device(collate([examples[index] for index in places]), device)
-        found[places] = of(model, batch).float().cpu().numpy()
-    return found
