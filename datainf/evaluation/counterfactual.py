@@ -132,7 +132,7 @@ def reliability(bank: Bank, scores: Scores) -> float:
     return float(2 * r / (1 + r))
 
 
-def ceiling(bank: Bank, repeats: Bank, *, draws: int = 1000, seed: int = 0) -> Estimate:
+def ceiling(bank: Bank, repeated: Bank, *, draws: int = 1000, seed: int = 0) -> Estimate:
     """What a perfect predictor would reach: the LDS of the losses' expectations, when part of the losses is chance.
 
     Where the variance over subsets is S + N, the second part being that of batches and dropout, the losses correlate
@@ -141,18 +141,18 @@ def ceiling(bank: Bank, repeats: Bank, *, draws: int = 1000, seed: int = 0) -> E
 
     Args:
         bank: retrainings without random subsets.
-        repeats: retrainings of one training set or some, each in several orders.
+        repeated: retrainings of one training set or some, each in several orders.
 
     Raises:
         InputError: there is no training set with several orders.
     """
-    groups = [group.index.to_numpy() for _, group in repeats.rows.groupby(["removed", "number"]) if len(group) > 1]
+    groups = [group.index.to_numpy() for _, group in repeated.rows.groupby(["removed", "number"]) if len(group) > 1]
     if not groups:
         raise InputError("The noise is not known: no training set was retrained in several orders.")
     rng = np.random.default_rng(seed)
 
     def of(subsets: Int[np.ndarray, " s"], queries: Int[np.ndarray, " m"], chosen: list[np.ndarray]) -> float:
-        within = [repeats.losses[rows].astype(float).var(axis=0, ddof=1) * (len(rows) - 1) for rows in chosen]
+        within = [repeated.losses[rows].astype(float).var(axis=0, ddof=1) * (len(rows) - 1) for rows in chosen]
         noise = np.sum(within, axis=0) / sum(len(rows) - 1 for rows in chosen)
         total = bank.losses[subsets].astype(float).var(axis=0, ddof=1)
         return float(np.sqrt(np.clip(1 - (noise / total)[queries].mean(), 0, 1)))
@@ -162,7 +162,7 @@ def ceiling(bank: Bank, repeats: Bank, *, draws: int = 1000, seed: int = 0) -> E
     return Estimate(of(np.arange(s), np.arange(m), groups), *np.nanquantile(again, [0.025, 0.975]))
 
 
-def without_top(bank: Bank, *, batches: str = OWN, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+def without_top(bank: Bank, *, batches: str = SAME, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     """What becomes of the queries without the examples that a method holds for the most helpful.
 
     Returns:
@@ -178,7 +178,7 @@ def without_top(bank: Bank, *, batches: str = OWN, draws: int = 1000, seed: int 
     base, rows = _base(bank, batches), []
     for at in np.flatnonzero((bank.rows["design"] == "without_top") & (bank.rows["batches"] == batches)):
         method, removed = bank.rows.loc[at, ["method", "removed"]]
-        others = bank.select(design="subset", removed=removed, batches=batches, order=-1)
+        others = bank.select(design="subset", removed=removed, batches=batches)
         if not len(others):
             raise InputError(f"No random removals of {removed} examples are in the bank to compare {method} with.")
         difference = bank.losses[at].astype(float) - others.losses.astype(float)  # (removals, m)

@@ -39,7 +39,7 @@ class Retraining:
 
     Attributes:
         kept: of n training examples, those that are trained on.
-        design: full, subset, without_top or leave_one_out.
+        design: full, subset, repeat, without_top or leave_one_out.
         number: which of several of a design; of leave_one_out, the example.
         method: whose scores chose, of without_top.
         batches: `OWN` or `SAME`.
@@ -64,16 +64,17 @@ class Retraining:
         return "-".join(str(value) for value in self.key if value != "")
 
 
-def full(n: int, *, batches: str = OWN, orders: Iterable[int] = (-1,)) -> list[Retraining]:
-    """Nobody left out; several orders tell how much of a loss is chance."""
-    return [Retraining(np.ones(n, dtype=bool), "full", batches=batches, order=order) for order in orders]
+def full(n: int, *, batches: str = OWN) -> Retraining:
+    """Nobody left out: the fine-tuning itself, once more."""
+    return Retraining(np.ones(n, dtype=bool), "full", batches=batches)
 
 
-def subsets(
-    n: int, share: float, count: int, *, batches: str = OWN, orders: Iterable[int] = (-1,), seed: int = 0
-) -> list[Retraining]:
+def subsets(n: int, share: float, count: int, *, batches: str = OWN, seed: int = 0) -> list[Retraining]:
     """A share of all examples left out at random, `count` times; the first ones are the same for every count and every
     kind of batches.
+
+    Batches of their own are drawn by a seed of their own, the subset's number: by one seed for all, two sets that
+    differ in few examples would share most of their batches, and how much of a loss is chance could not be said.
 
     Raises:
         InputError: the share leaves no example out, or all.
@@ -85,8 +86,13 @@ def subsets(
     for number in range(count):
         kept = np.ones(n, dtype=bool)
         kept[np.random.default_rng([seed, removed, number]).choice(n, removed, replace=False)] = False
-        plan += [Retraining(kept, "subset", number, batches=batches, order=order) for order in orders]
+        plan.append(Retraining(kept, "subset", number, batches=batches, order=number if batches == OWN else -1))
     return plan
+
+
+def repeats(one: Retraining, orders: Iterable[int]) -> list[Retraining]:
+    """The same examples left out, in several orders, which tell how much of a loss is chance."""
+    return [replace(one, design="repeat", order=order) for order in orders]
 
 
 def without_top(scores: Float[np.ndarray, " n"], share: float, method: str, *, batches: str = OWN) -> Retraining:

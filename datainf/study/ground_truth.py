@@ -10,14 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
+from datasets import Dataset
+from jaxtyping import Float
 
+import datainf
 from datainf.data import glue, images, text
 from datainf.errors import InputError
-from datainf.evaluation import retraining
-from datainf.evaluation.retraining import SAME, Bank, Retraining
+from datainf.evaluation import baselines, retraining
+from datainf.evaluation.retraining import OWN, SAME, Bank, Retraining
 from datainf.models import causal_lm, classifier, diffusion, lora, losses
+from datainf.models.forward import of_each
 from datainf.models.lora import FineTuned, Recipe
 from datainf.study.provenance import provenance, rooted
 
@@ -90,24 +95,101 @@ def subject(run: Mapping[str, object], folder: str | Path, *, model_seed: int | 
 
 
 def plan(run: Mapping[str, object], n: int) -> list[Retraining]:
-    """The retrainings that need no scores: all examples in several orders, then random halves and removals of 5%, with
-    batches of their own and in the same batches, those of one number together."""
-    orders = [-1, *range(1000, 1000 + run["orders"])]
-    chosen = [
-        (share, count, batches)
-        for batches, halves, removals in (
-            (retraining.OWN, run["halves"], run["removals"]),
-            (SAME, run["halves_in_same"], run["removals_in_same"]),
-        )
-        for share, count in ((0.5, halves), (0.05, removals))
+    """The retrainings that need no scores: all examples, and those and the first half in several orders; then random
+    halves and removals of 5%, in fresh batches and in the same batches, those of one number together."""
+    n_of = {
+        (0.5, OWN): "halves",
+        (0.05, OWN): "removals",
+        (0.5, SAME): "halves_in_same",
+        (0.05, SAME): "removals_in_same",
+    }
+    random = [
+        one
+        for (share, batches), name in n_of.items()
+        for one in retraining.subsets(n, share, run[name], batches=batches)
     ]
-    random = [one for share, count, batches in chosen for one in retraining.subsets(n, share, count, batches=batches)]
-    random.sort(key=lambda one: (one.batches == SAME, one.number))
-    return [
-        *retraining.full(n, orders=orders),
-        *(retraining.full(n, batches=SAME) if run["halves_in_same"] else []),
-        *random,
-    ]
+    random.sort(key=lambda one: one.number)
+    orders = range(1000, 1000 + run["orders"])
+    noise = [each for each in (retraining.full(n), *random[:1]) for each in retraining.repeats(each, orders)]
+    return [retraining.full(n), retraining.full(n, batches=SAME), *noise, *random]
+
+
+def gradients(
+    chosen: Subject, run: Mapping[str, object], folder: str | Path
+) -> tuple[datainf.GradientStore, datainf.GradientStore]:
+    """Per-sample gradients of the training examples and of the queries, kept in a folder."""
+    take = {"loss_fn": chosen.loss_fn, "collate_fn": chosen.tuned.collate, "batch_size": run["batch_size"]}
+    return tuple(
+        datainf.per_sample_gradients(chosen.tuned.model, examples, store=Path(folder) / name, **take)
+        for name, examples in (("train", chosen.tuned.train), ("query", chosen.tuned.query))
+    )
+
+
+def influence(
+    train: datainf.GradientStore, query: datainf.GradientStore, method: str, damping: float
+) -> Float[np.ndarray, "m n"]:
+    """Scores by a method's name, which may bring its own damping, as in exact@10."""
+    name, _, own = method.partition("@")
+    return datainf.influence(train, query, name, float(own or damping)).double().cpu().numpy()
+
+
+def baselines_of(
+    chosen: Subject, train: datainf.GradientStore, query: datainf.GradientStore, *, folds: int = 0
+) -> dict[str, Callable[[], Float[np.ndarray, "m n"]]]:
+    """The baselines that apply to a subject, by name, each to be called: see `evaluation.baselines`.
+
+    Args:
+        folds: of cleanlab's cross-validation, each of which fine-tunes once; 0 leaves it out.
+    """
+    tuned, task = chosen.tuned, chosen.task
+    m, n = len(tuned.query), len(tuned.train)
+
+    def of_all(suspicion: Callable[[], Float[np.ndarray, " n"]]) -> Callable[[], Float[np.ndarray, "m n"]]:
+        return lambda: baselines.of_examples(suspicion(), m)
+
+    def loss() -> Float[np.ndarray, " n"]:
+        return of_each(tuned.model, tuned.train, chosen.loss_fn, tuned.collate)
+
+    found = {
+        "gradient_cosine": lambda: baselines.gradient_cosine(train, query),
+        "training_loss": of_all(loss),
+        "self_influence": of_all(lambda: baselines.self_influence(train)),
+        "random": lambda: baselines.random(m, n),
+    }
+    if isinstance(task, images.ImageTask):
+        pictures = [np.asarray(examples.latents) for examples in (tuned.train, tuned.query)]
+        return found | {"latents": lambda: baselines.latents(*pictures)}
+    texts = [_texts(task, split) for split in (task.train, _queries(task))]
+    found |= {
+        "hidden_states": lambda: baselines.hidden_state_similarity(
+            tuned.model, tuned.train, tuned.query, tuned.collate
+        ),
+        "bm25": lambda: baselines.bm25(*texts),
+        "tfidf": lambda: baselines.tfidf(*texts),
+    }
+    if isinstance(task, glue.NoisyTask) and task.flipped.any():
+        labels = np.array(tuned.train["labels"])
+
+        def inside() -> Float[np.ndarray, " n"]:
+            chances = of_each(tuned.model, tuned.train, baselines.probabilities, tuned.collate)
+            return baselines.cleanlab(labels, chances)
+
+        found["cleanlab"] = of_all(inside)
+        if folds:
+            found["cleanlab_cross_validated"] = of_all(
+                lambda: baselines.cleanlab(labels, baselines.out_of_sample(tuned.training, folds))
+            )
+    return found
+
+
+def _queries(task: glue.NoisyTask | text.TextTask) -> Dataset:
+    return task.validation if isinstance(task, glue.NoisyTask) else task.test
+
+
+def _texts(task: glue.NoisyTask | text.TextTask, split: Dataset) -> list[str]:
+    """All that the model reads of every example."""
+    columns = task.columns if isinstance(task, glue.NoisyTask) else ("prompt", "response")
+    return [" ".join(row[column] for column in columns) for row in split]
 
 
 def bank(

@@ -150,6 +150,7 @@ def paper_reported(folder: str | Path) -> pd.DataFrame:
 AFTERWARDS = {
     *("methods", "loss", "other_losses", "reduction", "damping", "cache", "output", "figures"),
     *("timesteps", "draws", "stability", "inference_steps", "guidance", "inception"),
+    *("halves", "removals", "halves_in_same", "removals_in_same", "orders", "top_shares", "members", "folds", "bank"),
 }
 # Those that a record has in other columns, or has no use for; a task is the column dataset.
 UNRECORDED = {
@@ -184,7 +185,7 @@ def run_facts(run: Mapping[str, object], experiment: str, *, task, tuned, n_laye
         "experiment": experiment,
         "dataset": task.name,
         "n_train": len(tuned.train),
-        "layers": run["layers"] or "all",
+        "layers": run.get("layers") or "all",
         "n_layers": n_layers,
         "model_revision": tuned.revision,
         "data_revision": task.revision,

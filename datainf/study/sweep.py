@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "mislabeled_detection": ("20_mislabeled_detection", "classification"),
     "text_identification": ("30_text_identification", "text"),
     "image_identification": ("40_image_identification", "images"),
+    "ground_truth": ("70_ground_truth", "ground_truth"),
 }
 """Experiment -> its notebook, and the section of a configuration that has its parameters and its grid."""
 

@@ -51,7 +51,7 @@ def influence():
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
     plan = [
-        *retraining.full(N, batches=SAME),
+        retraining.full(N, batches=SAME),
         *retraining.leave_one_out(N),
         *retraining.subsets(N, 0.05, 80, batches=SAME),
         retraining.without_top(influence().mean(axis=0), 0.05, "exact", batches=SAME),
@@ -139,7 +139,7 @@ def noisy_bank(noise: float, orders: int = 200, subsets: int = 200) -> tuple[Ban
     draw = np.random.default_rng(4)
     scores = draw.standard_normal((M, N))
     plan = retraining.subsets(N, 0.5, subsets)
-    repeats = retraining.subsets(N, 0.5, 1, orders=range(orders))
+    repeats = retraining.repeats(plan[0], range(orders))
     signal = np.array([-(scores @ (~one.kept)) for one in plan]).std(axis=0)
 
     def outcome(one):

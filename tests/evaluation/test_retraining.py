@@ -156,7 +156,8 @@ def ridge(one: Retraining):
 
 def plan_of(count=12):
     return [
-        *retraining.full(N, orders=[-1, 1, 2]),
+        retraining.full(N),
+        *retraining.repeats(retraining.full(N), [1, 2]),
         *retraining.subsets(N, 0.5, count),
         *retraining.subsets(N, 0.05, count, batches=SAME),
         *retraining.leave_one_out(N, [3, 7]),

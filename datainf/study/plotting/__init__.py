@@ -18,6 +18,7 @@ from datainf.study.plotting.identification import (
     loss_curve,
 )
 from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
+from datainf.study.plotting.retraining import calibration, ensembles, leaderboard
 from datainf.study.plotting.style import METHOD_STYLE, STAGES, confidence_interval, label, use_style
 from datainf.study.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
 
@@ -35,14 +36,17 @@ __all__ = [
     "by_loss",
     "by_method",
     "by_rank",
+    "calibration",
     "class_detection",
     "class_heat_maps",
     "confidence_interval",
     "cost",
     "detection_curves",
+    "ensembles",
     "fine_tuning_curve",
     "influential_pictures",
     "label",
+    "leaderboard",
     "loss_curve",
     "picture_grid",
     "score_distributions",
