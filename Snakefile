@@ -48,11 +48,19 @@ def section_of(experiment):
 
 def section(experiment):
     """parameters, grid, by_dataset (parameters that one dataset has otherwise) and data (the folder of the datasets) of
-    an experiment; a model or a folder that was given takes the place of the configuration's."""
-    own = {"by_dataset": {}, "data": None} | config[section_of(experiment)]
-    given = sweep.given(section_of(experiment))
+    an experiment; no grid where the configuration does not name it."""
+    return {"parameters": {}, "grid": [], "by_dataset": {}, "data": None} | config.get(section_of(experiment), {})
+
+
+def settings(experiment, dataset):
+    """The parameters that all runs on a dataset share. It is looked for in the section's folder `data`, where one is
+    given; a model or a folder that was given takes the place of the configuration's."""
+    own = section(experiment)
+    parameters = own["parameters"] | own["by_dataset"].get(dataset, {})
+    given = sweep.given(parameters.get("family", section_of(experiment)))
     model = {"model": given["model"]} if "model" in given else {}
-    return own | {"parameters": own["parameters"] | model, "data": given.get("data", own["data"])}
+    name = sweep.DATASET[section_of(experiment)]
+    return parameters | model | {name: sweep.dataset_in(given.get("data", own["data"]), dataset)}
 
 
 def grids(experiment):
@@ -62,13 +70,11 @@ def grids(experiment):
 
 
 def run_parameters(wildcards):
-    """The parameters of one run; a dataset is looked for in the section's folder `data`, where one is given."""
-    own, name = section(wildcards.experiment), sweep.DATASET[section_of(wildcards.experiment)]
-    dataset = sweep.dataset_in(own["data"], wildcards.dataset)
-    one = {name: dataset, "rank": int(wildcards.rank), "seed": int(wildcards.seed)}
+    """The parameters of one run."""
+    one = {"rank": int(wildcards.rank), "seed": int(wildcards.seed)}
     if wildcards.experiment == "image_identification" and wildcards.seed == "0":  # one seed's pictures are kept
         one["figures"] = f"{RESULTS}/figures"
-    return own["parameters"] | own["by_dataset"].get(wildcards.dataset, {}) | one
+    return settings(wildcards.experiment, wildcards.dataset) | one
 
 
 def refuse_unknown(path, given):
@@ -85,7 +91,7 @@ try:
         )
         for grid in grids(experiment):
             for dataset in grid[name]:
-                sweep.dataset_in(own["data"], dataset)
+                settings(experiment, dataset)
 except InputError as error:
     sys.exit(str(error))
 lessons = {lesson: given or {} for lesson, given in (config.get("lessons") or {}).items()}

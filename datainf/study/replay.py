@@ -47,7 +47,7 @@ def replay(record: Path, into: Path = PLACE) -> tuple[Path, Path]:
 def _in_folders(rows: pd.DataFrame, given: Mapping[str, object]) -> dict[str, str]:
     """The model and the dataset, from the folders that the environment names."""
     section = sweep.EXPERIMENTS[rows["experiment"].iloc[0]][1]
-    name, found = sweep.DATASET[section], sweep.given(section)
+    name, found = sweep.DATASET[section], sweep.given(given.get("family", section))
     model = {"model": found["model"]} if "model" in found else {}
     return model | {name: sweep.dataset_in(found.get("data"), str(given[name]))}
 

@@ -29,27 +29,29 @@ LESSONS = {
 }
 """The record of a teaching notebook -> the notebook."""
 
-DATASET = {"classification": "dataset", "text": "task", "images": "task"}
+DATASET = {"classification": "dataset", "text": "task", "images": "task", "ground_truth": "dataset"}
 """What the notebooks of a section call their dataset, which records call dataset."""
 
 GIVEN = {"classification": ("MODEL", "DATA"), "text": ("TEXT_MODEL", None), "images": ("IMAGE_MODEL", "IMAGES")}
-"""The variables that name a section's model and the folder of its datasets, to take instead of the configuration's."""
+"""The variables that name a family's model and the folder of its datasets, to take instead of the configuration's. A
+section is of the family of its name, but for ground_truth, whose parameter `family` says it."""
 
 OUTPUTS = {"cache", "output", "figures", "folder"}
 """Parameters that say where things go: they are no part of what a run is."""
 
 
-def given(section: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """``model`` and ``data`` of a section, where the variables of `GIVEN` name them.
+def given(family: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """``model`` and ``data`` of a family, where the variables of `GIVEN` name them.
 
     Raises:
         InputError: a folder that is not there.
     """
-    model, data = (environment.get(name or "", "") for name in GIVEN[section])
+    names = GIVEN[family]
+    model, data = (environment.get(name or "", "") for name in names)
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise InputError(f"There is no folder {model}, which {GIVEN[section][0]} names: give the folder of a model.")
+        raise InputError(f"There is no folder {model}, which {names[0]} names: give the folder of a model.")
     if data and not Path(data).expanduser().is_dir():
-        raise InputError(f"There is no folder {data}, which {GIVEN[section][1]} names: give the datasets' folder.")
+        raise InputError(f"There is no folder {data}, which {names[1]} names: give the datasets' folder.")
     return {name: value for name, value in (("model", model), ("data", data)) if value}
 
 

@@ -34,12 +34,13 @@ CONFIDENCE = 0.99
 EQUAL, WITHIN, OUTSIDE, UNJUDGED, MISSING = "equal", "within", "OUTSIDE", "not judged", "not run"
 """How a number of ours stands to the published one."""
 
-CELL = ["experiment", "dataset", "rank", "loss", "method", "metric"]
+CELL = ["experiment", "dataset", "rank", "loss", "design", "method", "metric"]
 """What names a number of an experiment: its mean over seeds is one number."""
 
 METRICS = [
     *("accuracy", "accuracy_base", "majority", "pearson", "spearman", "auc", "auc_signed", "recall", "recall_signed"),
     *("prompt_preferred", "prompt_preferred_signed", "frechet_base", "frechet"),
+    *("lds", "lds_of_mean", "ceiling", "qld", "flips", "slope"),
 ]
 LESSONS = {  # what names a row of a lesson's record, and its numbers
     "leave_one_out": (["method"], ["pearson", "spearman"]),
@@ -177,7 +178,7 @@ def _long(records: pd.DataFrame, keys: list[str], metrics: list[str]) -> pd.Seri
 
 def _experiments(theirs: Mapping, mine: Mapping, same: bool) -> pd.DataFrame:
     """Means over seeds, published and ours, of every cell."""
-    keys = ["experiment", "dataset", "rank", "loss", "method", "seed"]
+    keys = ["experiment", "dataset", "rank", "loss", "design", "method", "seed"]
     tables = []
     for name in sweep.EXPERIMENTS:
         if name not in theirs:
@@ -198,7 +199,7 @@ def _experiments(theirs: Mapping, mine: Mapping, same: bool) -> pd.DataFrame:
 
 def _tolerance(variance: pd.Series, seeds: pd.Series) -> pd.Series:
     """How far the mean of so many seeds may move: see the module's first lines. Not a number for a single seed."""
-    pools = ["experiment", "loss", "method", "metric"]
+    pools = ["experiment", "loss", "design", "method", "metric"]
     freedom = (seeds - 1).groupby(pools, sort=False).transform("sum").replace(0, np.nan)
     pooled = ((seeds - 1) * variance).groupby(pools, sort=False).transform("sum") / freedom
     return stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * (pooled * 2 / seeds) ** 0.5
