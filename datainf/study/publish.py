@@ -1,6 +1,6 @@
 """Make reproduced results the published ones: ``python -m datainf.study.publish SCALE`` (make publish SCALE=...).
 
-`results/published/SCALE` becomes a copy of `results/SCALE`: records, tables, figures, and the executed notebooks that
+`results/published/SCALE` becomes a copy of `results/SCALE`: records, tables, figures, banks, and the executed notebooks that
 the configuration names under `publish`. It is what the README and the tests speak of.
 """
 
@@ -19,7 +19,7 @@ from datainf.errors import InputError
 from datainf.study import readme
 from datainf.study.provenance import ROOT
 
-PARTS = ("runs", "tables", "figures")
+PARTS = ("runs", "tables", "figures", "banks")
 
 
 def publish(ours: Path, published: Path, notebooks: list[str]) -> None:
@@ -37,7 +37,7 @@ def publish(ours: Path, published: Path, notebooks: list[str]) -> None:
         if commit == "unknown" or commit.endswith("+changes"):
             raise InputError(f"{path.name} was made by code that is not committed: commit it and run the sweep again.")
     shutil.rmtree(published, ignore_errors=True)
-    for part in PARTS:
+    for part in filter(lambda part: (ours / part).is_dir(), PARTS):
         shutil.copytree(ours / part, published / part)
     for name in notebooks:
         (published / "notebooks").mkdir(exist_ok=True)

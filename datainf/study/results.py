@@ -129,13 +129,15 @@ def _save(path: str | Path, record: pd.DataFrame) -> pd.DataFrame:
     return record
 
 
-def load_runs(folder: str | Path, experiment: str) -> pd.DataFrame:
+def load_runs(folder: str | Path, experiment: str, *, needed: bool = True) -> pd.DataFrame:
     """All run records of one experiment below `folder`, one row per run and method.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, though some are `needed`.
     """
     files = sorted(rooted(folder).glob(f"{experiment}-*.csv"))
+    if not files and not needed:
+        return pd.DataFrame()
     if not files:
         raise InputError(f"{folder} holds no records of {experiment}: run the sweep first (make reproduce).")
     return pd.concat([pd.read_csv(file) for file in files], ignore_index=True)

@@ -46,6 +46,8 @@ def given(family: str, environment: Mapping[str, str] = os.environ) -> dict[str,
     Raises:
         InputError: a folder that is not there.
     """
+    if family not in GIVEN:
+        raise InputError(f"A section of ground_truth must name its family: {', '.join(GIVEN)}, not {family!r}.")
     names = GIVEN[family]
     model, data = (environment.get(name or "", "") for name in names)
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():

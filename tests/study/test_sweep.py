@@ -35,7 +35,7 @@ def runs(config: str) -> int:
         whole = yaml.safe_load((ROOT / "config" / f"{whole['extends']}.yaml").read_text(encoding="utf8")) | whole
     total = 0
     for _, section in sweep.EXPERIMENTS.values():
-        grids = whole[section]["grid"]
+        grids = whole.get(section, {"grid": []})["grid"]
         for grid in grids if isinstance(grids, list) else [grids]:
             count = 1
             for values in grid.values():

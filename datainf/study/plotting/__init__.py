@@ -18,7 +18,7 @@ from datainf.study.plotting.identification import (
     loss_curve,
 )
 from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
-from datainf.study.plotting.retraining import calibration, ensembles, leaderboard
+from datainf.study.plotting.retraining import by_task, calibration, ensembles, leaderboard
 from datainf.study.plotting.style import METHOD_STYLE, STAGES, confidence_interval, label, use_style
 from datainf.study.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
 
@@ -36,6 +36,7 @@ __all__ = [
     "by_loss",
     "by_method",
     "by_rank",
+    "by_task",
     "calibration",
     "class_detection",
     "class_heat_maps",

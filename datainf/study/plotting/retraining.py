@@ -52,6 +52,44 @@ def leaderboard(tables: Mapping[str, pd.DataFrame], ceilings: Mapping[str, Estim
 
 
 @shown_once
+def by_task(truth: pd.DataFrame, title: str) -> Figure:
+    """The LDS of all tasks: a panel per dataset and rank, a row per method, a mark per design with its 95% interval.
+
+    Args:
+        truth: records of the ground truth; several seeds are averaged.
+    """
+    designs = list(dict.fromkeys(truth["design"]))
+    looks = dict(zip(designs, [("#0072B2", "o"), ("#56B4E9", "s"), ("#D55E00", "^"), ("#E69F00", "D")], strict=False))
+    means = (
+        truth.groupby(["dataset", "rank", "method", "design"], sort=False)[["lds", "low", "high"]].mean().reset_index()
+    )
+    order = list(means.groupby("method")["lds"].mean().sort_values().index)
+    panels = list(dict.fromkeys(zip(means["dataset"], means["rank"], strict=True)))
+    figure, axes = grid_of(panels, width=4.4, height=0.36 * len(order) + 1.3, columns=2, sharey=True, sharex=True)
+    for axis, (dataset, rank) in zip(axes, panels, strict=True):
+        some = means[(means["dataset"] == dataset) & (means["rank"] == rank)]
+        for shift, design in enumerate(designs):
+            rows = some[some["design"] == design]
+            if rows.empty:
+                continue
+            colour, marker = looks[design]
+            places = np.array([order.index(method) for method in rows["method"]]) + 0.17 * (1.5 - shift)
+            errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["lds"].to_numpy())
+            axis.errorbar(
+                rows["lds"], places, xerr=errors, fmt=marker, color=colour, markersize=4.5, linewidth=1, label=design
+            )
+        axis.axvline(0, color="0.6", linewidth=1)
+        axis.set(title=f"{dataset}, rank {rank}", xlabel="LDS (Spearman correlation)", yticks=range(len(order)))
+        axis.set_yticklabels([label(method) for method in order])
+    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+    seeds = truth["seed"].nunique()
+    how = f"{seeds} seed{'s' * (seeds > 1)}; bars: 95% bootstrap interval over queries and subsets, mean over seeds"
+    figure.suptitle(f"{title}\n{how}", fontsize=12)
+    return figure
+
+
+@shown_once
 def calibration(
     predicted: Mapping[str, Float[np.ndarray, " s"]],
     actual: Float[np.ndarray, " s"],

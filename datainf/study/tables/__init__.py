@@ -8,6 +8,7 @@ from datainf.study.tables.summaries import (
     distance_gained,
     fine_tuned,
     influential,
+    leaderboard,
     to_markdown,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "distance_gained",
     "fine_tuned",
     "influential",
+    "leaderboard",
     "claims_of",
     "ours_beside_paper",
     "to_markdown",

@@ -17,6 +17,7 @@ def ours_beside_paper(
     identification: pd.DataFrame,
     pictures: pd.DataFrame,
     reported: pd.DataFrame,
+    truth: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """The paper's numbers and claims, one a row, with what the records of this scale say.
 
@@ -24,19 +25,22 @@ def ours_beside_paper(
         errors, detection, identification, pictures: records of the approximation-error, the mislabeled-detection and
             the text and image identification runs.
         reported: `results.paper_reported`.
+        truth: records of the ground truth, where there are any.
 
     Returns:
         Columns item, claim, paper, ours. A claim about an order of methods is counted over cells, a cell being the
         mean over seeds of one dataset and rank.
     """
-    records = dict(zip(_ROWS, (errors, detection, identification, pictures), strict=True))
+    records = dict(zip(_ROWS, (errors, detection, identification, pictures, truth), strict=True))
+    if truth is None or truth.empty:
+        del records["ground_truth"]
     return pd.concat([claims_of(name, records[name], reported) for name in records], ignore_index=True)
 
 
 def claims_of(experiment: str, records: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """The part of `ours_beside_paper` that is of one experiment, from its records."""
     paper = reported.set_index(["item", "dataset", "rank", "method", "metric"])["value"]
-    rows = [row for rows_of in _ROWS.get(experiment, ()) for row in rows_of(records, paper)]
+    rows = [row for rows_of in _ROWS[experiment] for row in rows_of(records, paper)]
     return pd.DataFrame(rows, columns=["item", "claim", "paper", "ours"])
 
 
@@ -192,6 +196,37 @@ def _picture_rows(pictures: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     ]
 
 
+def _ground_truth_rows(truth: pd.DataFrame, paper: pd.Series) -> list[Claim]:
+    """How well scores predict retraining, each cell being a task, a rank and a design."""
+    lds = truth.pivot_table("lds", ["dataset", "rank", "design"], "method", sort=False)
+    fresh = lds.xs("half left out, fresh batches", level="design", drop_level=True)
+    return [
+        (
+            "not in the paper",
+            f"LDS of {label(method)}, half left out, fresh batches",
+            "",
+            _per_dataset(fresh[method]),
+        )
+        for method in ("hessian_free", "datainf", "exact", "exact@10", "gradient_cosine")
+        if method in fresh
+    ] + [
+        (
+            "not in the paper",
+            f"{label(better)} predicts retraining better than {label(worse)} (LDS)",
+            "",
+            _count(lds, better, worse),
+        )
+        for better, worse in (
+            ("datainf", "hessian_free"),
+            ("datainf", "exact"),
+            ("exact@10", "exact"),
+            ("exact@10", "datainf"),
+            ("datainf", "gradient_cosine"),
+        )
+        if {better, worse} <= set(lds)
+    ]
+
+
 def _in_paper(identification: pd.DataFrame, paper: pd.Series, item: str, method: str, metric: str) -> str:
     """The paper's numbers for the tasks of these records, at the rank it has them for."""
     of_item = paper.xs((item, method, metric), level=("item", "method", "metric")).droplevel("rank")
@@ -226,4 +261,5 @@ _ROWS = {
     "mislabeled_detection": [_mislabeled_rows],
     "text_identification": [_class_detection_rows, _text_rows],
     "image_identification": [_class_detection_rows, _picture_rows],
+    "ground_truth": [_ground_truth_rows],
 }

@@ -36,6 +36,19 @@ def fine_tuned(runs: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns={"beats_majority": "runs above majority"}).round(2)
 
 
+def leaderboard(truth: pd.DataFrame) -> pd.DataFrame:
+    """Every method's LDS with its 95% interval, mean over seeds: a row per method, the best on average on top, a column
+    per task, rank and design; in the last row what a perfect predictor would reach."""
+    cells = ["dataset", "rank", "design"]
+    means = truth.groupby(["method", *cells], sort=False)[["lds", "low", "high"]].mean()
+    best = means["lds"].groupby("method").mean().sort_values(ascending=False).index
+    text = means.apply(lambda row: f"{row['lds']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1)
+    table = text.unstack(cells).reindex(best).rename(label).fillna("")
+    ceilings = truth.groupby(cells, sort=False)["ceiling"].mean()
+    table.loc["a perfect predictor"] = ["1" if pd.isna(value) else f"{value:.2f}" for value in ceilings[table.columns]]
+    return table
+
+
 def mean_and_error(values: pd.Series) -> str:
     """A mean and its standard error over runs, such as "0.967 ± 0.001"."""
     return f"{values.mean():.3f}" + (f" ± {values.sem():.3f}" if len(values) > 1 else "")
