@@ -74,7 +74,7 @@ def test_a_task_of_each_family(family, tmp_path):
         ({"family": "sounds"}, "InputError: family must be classification, text or images, not 'sounds'."),
         ({"methods": ["datinf@1"]}, "Unknown method 'datinf'"),
         ({"bank": "./nothing.parquet"}, "InputError: There is no bank"),
-        ({"halves": 3, "halves_in_same": 0}, "takes 10 at least"),
+        ({"halves": 3, "halves_in_same": 0}, "InputError: An LDS takes 10 retrainings at least"),
         ({"removals": 12, "n_train": 8, "top_shares": []}, "A share of 0.05 of 8 examples leaves out 0"),
     ],
 )
