@@ -1,7 +1,7 @@
 """Make reproduced results the published ones: ``python -m datainf.study.publish SCALE`` (make publish SCALE=...).
 
-`results/published/SCALE` becomes a copy of `results/SCALE`: records, tables, figures, banks, and the executed notebooks that
-the configuration names under `publish`. It is what the README and the tests speak of.
+`results/published/SCALE` becomes a copy of `results/SCALE`: records, tables, figures, banks, and the executed
+notebooks that the configuration names under `publish`. It is what the README and the tests speak of.
 """
 
 import argparse

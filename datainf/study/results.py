@@ -156,7 +156,8 @@ AFTERWARDS = {
 }
 # Those that a record has in other columns, or has no use for; a task is the column dataset.
 UNRECORDED = {
-    *("task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception", "accumulate")
+    *("task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception", "accumulate"),
+    *("halves", "removals", "halves_in_same", "removals_in_same", "orders", "top_shares", "members", "folds", "bank"),
 }
 
 

@@ -36,8 +36,8 @@ GIVEN = {"classification": ("MODEL", "DATA"), "text": ("TEXT_MODEL", None), "ima
 """The variables that name a family's model and the folder of its datasets, to take instead of the configuration's. A
 section is of the family of its name, but for ground_truth, whose parameter `family` says it."""
 
-OUTPUTS = {"cache", "output", "figures", "folder"}
-"""Parameters that say where things go: they are no part of what a run is."""
+OUTPUTS = {"cache", "output", "figures", "folder", "bank"}
+"""Parameters that say where things go, or lie: they are no part of what a run is."""
 
 
 def given(family: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
