@@ -100,6 +100,8 @@ for lesson, given in lessons.items():
         raise WorkflowError(f"There is no lesson {lesson!r}, which config/{SCALE}.yaml names: {', '.join(sweep.LESSONS)}.")
     refuse_unknown(notebook(lesson), given)
 
+JOBS = section("ground_truth").get("jobs", 0)
+PART = RESULTS + "/logs/{experiment}-{dataset}-r{rank}-s{seed}-part{part}.done"
 RECORD = RESULTS + "/runs/{experiment}-{dataset}-r{rank}-s{seed}.csv"
 FINAL = RESULTS + "/tables/ours_beside_paper.md"
 # What the kernel prints goes to a file; of a failed run its end, which says what went wrong, is shown.
@@ -127,9 +129,12 @@ def records(experiments):
 
 
 def earlier(wildcards):
-    """Detection runs after the approximation error of the same run: it finds that run's gradients in the cache."""
+    """Detection runs after the approximation error of the same run: it finds that run's gradients in the cache. Ground
+    truth, where its section has `jobs`, after the parts of its retrainings, which as many jobs do."""
     if wildcards.experiment == "mislabeled_detection":
         return RECORD.replace("{experiment}", "approximation_error")
+    if wildcards.experiment == "ground_truth":
+        return [PART.replace("{part}", str(part)) for part in range(JOBS)]
     return []
 
 
@@ -137,6 +142,7 @@ wildcard_constraints:
     experiment="|".join(sweep.EXPERIMENTS),
     rank=r"\d+",
     seed=r"\d+",
+    part=r"\d+",
     lesson="|".join(sweep.LESSONS),
 
 
@@ -168,6 +174,23 @@ rule run:
         yaml=lambda wildcards: sweep.one_line(run_parameters(wildcards) | {"output": RECORD.format(**wildcards)}),
     shell:
         PAPERMILL
+
+
+rule retrain:
+    input:
+        ancient(lambda wildcards: notebook(wildcards.experiment)),
+    output:
+        touch(PART),
+    log:
+        PART.removesuffix("done") + "txt",
+    params:
+        code=lambda wildcards: code_hash(notebook(wildcards.experiment)),
+        yaml=lambda wildcards: sweep.one_line(run_parameters(wildcards)),
+    shell:
+        """
+        OMP_NUM_THREADS={threads} {PYTHON:q} -m datainf.study.ground_truth {params.yaml:q} --part {wildcards.part} \
+            --of {JOBS} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}
+        """
 
 
 rule lesson:

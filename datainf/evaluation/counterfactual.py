@@ -137,7 +137,8 @@ def ceiling(bank: Bank, repeated: Bank, *, draws: int = 1000, seed: int = 0) -> 
 
     Where the variance over subsets is S + N, the second part being that of batches and dropout, the losses correlate
     with their expectation by sqrt(S / (S + N)). N is that of retrainings without the same examples in several orders,
-    and its share is averaged over the queries.
+    and its share is averaged over the queries. The interval is of subsets, queries and orders drawn anew; of few orders
+    it is wide.
 
     Args:
         bank: retrainings without random subsets.
@@ -150,16 +151,22 @@ def ceiling(bank: Bank, repeated: Bank, *, draws: int = 1000, seed: int = 0) -> 
     if not groups:
         raise InputError("The noise is not known: no training set was retrained in several orders.")
     rng = np.random.default_rng(seed)
+    s, m = bank.losses.shape
 
-    def of(subsets: Int[np.ndarray, " s"], queries: Int[np.ndarray, " m"], chosen: list[np.ndarray]) -> float:
-        within = [repeated.losses[rows].astype(float).var(axis=0, ddof=1) * (len(rows) - 1) for rows in chosen]
-        noise = np.sum(within, axis=0) / sum(len(rows) - 1 for rows in chosen)
-        total = bank.losses[subsets].astype(float).var(axis=0, ddof=1)
+    def of(
+        subsets: Int[np.ndarray, " s"], queries: Int[np.ndarray, " m"], orders: list[np.ndarray], lost: int
+    ) -> float:
+        """`lost`: the degrees of freedom that are lost: one, and one more where k of k are drawn with replacement."""
+        sums = [repeated.losses[rows].astype(float).var(axis=0) * len(rows) for rows in orders]
+        noise = np.sum(sums, axis=0) / sum(len(rows) * (1 - 1 / len(rows)) ** lost for rows in orders)
+        total = bank.losses[subsets].astype(float).var(axis=0) / (1 - 1 / s) ** lost
         return float(np.sqrt(np.clip(1 - (noise / total)[queries].mean(), 0, 1)))
 
-    s, m = bank.losses.shape
-    again = [of(_two_at_least(rng, s), rng.integers(m, size=m), groups) for _ in range(draws)]
-    return Estimate(of(np.arange(s), np.arange(m), groups), *np.nanquantile(again, [0.025, 0.975]))
+    again = [
+        of(_two_at_least(rng, s), rng.integers(m, size=m), [rows[_two_at_least(rng, len(rows))] for rows in groups], 2)
+        for _ in range(draws)
+    ]
+    return Estimate(of(np.arange(s), np.arange(m), groups, 1), *np.nanquantile(again, [0.025, 0.975]))
 
 
 def without_top(bank: Bank, *, batches: str = SAME, draws: int = 1000, seed: int = 0) -> pd.DataFrame:

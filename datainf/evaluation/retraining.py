@@ -236,7 +236,7 @@ def bank(
     """Do what of a plan is not done yet, and give the bank of all that is.
 
     Every retraining is written by itself as soon as it is done, so that a call that was killed goes on where it was.
-    Several processes, or several jobs with another `part` each, share the work.
+    Several processes, each with another `part`, share the work; the last gives the bank of all.
 
     Args:
         outcome_of: retrains, and gives the queries' losses and whether they are answered rightly, as `outcomes` makes.
@@ -257,8 +257,8 @@ def bank(
     )
     if known is not None:
         known.check(about)
-    (k, of), (rank, count) = part, processes.rank_and_count()
-    mine = [one for one in plan if one.key not in rows][k::of][rank::count]
+    k, of = part
+    mine = [one for one in plan if one.key not in rows][k::of]
     for retraining in bar(mine, desc="retraining", unit="model"):
         path = folder / f"{retraining.name}.parquet"
         if path.is_file():
@@ -267,7 +267,6 @@ def bank(
         losses, right = outcome_of(retraining)
         row = pd.DataFrame([retraining.key], columns=KEY).assign(**(facts or {}))
         Bank(about, row, retraining.kept[None], losses[None], None if right is None else right[None]).save(path)
-    processes.wait()
     found = []
     for retraining in plan:
         path = folder / f"{retraining.name}.parquet"
@@ -294,8 +293,11 @@ def outcomes(
         loss_fn, right_fn: ``(model, batch) -> (batch,)``: a query's loss, and whether the model answers it rightly.
 
     Raises:
-        InputError: the model's adapter came from elsewhere, so that nobody knows how it was made.
+        InputError: the model's adapter came from elsewhere, so that nobody knows how it was made; or this is one of
+            several processes that torchrun or accelerate launch started, which would train every model together.
     """
+    if processes.rank_and_count()[1] > 1:
+        raise InputError("Retrainings are shared out by part=, over processes that are started by themselves.")
     if tuned.training is None:
         raise InputError("The adapter came from elsewhere, without its recipe: fine-tune it here to retrain it.")
 

@@ -1,7 +1,8 @@
 """What notebook 70 and the sweep share: a fine-tuned model of any family, and the plan of its retrainings.
 
 ``python -m datainf.study.ground_truth PARAMETERS --part K --of N`` does a part of a plan, so that a bank can be spread
-over jobs; `PARAMETERS` is a line of YAML, or a file, with the notebook's parameters.
+over jobs; `PARAMETERS` is a line of YAML, or a file, with parameters of the notebook that are not as it has them. Where
+the notebook is run with the same ones afterwards, it finds the retrainings done.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from datainf.evaluation.retraining import OWN, SAME, Bank, Retraining
 from datainf.models import causal_lm, classifier, diffusion, lora, losses
 from datainf.models.forward import of_each
 from datainf.models.lora import FineTuned, Recipe
-from datainf.study.provenance import provenance, rooted
+from datainf.study import parameters, results
+from datainf.study.provenance import ROOT, provenance, rooted
 
 FACTS = ("commit", "device", "torch", "transformers", "peft", "diffusers")
 """What a row of a bank says of where it was made."""
@@ -215,25 +217,34 @@ def bank(
     )
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a line of YAML may be longer than a name can be
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Do a part of a plan of retrainings.")
     parser.add_argument("parameters", help="of notebook 70: a line of YAML, or a file of it")
-    parser.add_argument("--folder", required=True, help="keeps the model and the retrainings")
+    parser.add_argument("--folder", help="keeps the model and the retrainings; by default where the notebook does")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     parser.add_argument("--known", default="", help="a bank that has some of the retrainings")
     parser.add_argument("--output", default="", help="the file for the bank of all that is done")
     options = parser.parse_args()
     given = Path(options.parameters)
-    run = yaml.safe_load(given.read_text(encoding="utf8") if given.is_file() else options.parameters)
+    said = yaml.safe_load(given.read_text(encoding="utf8") if _is_file(given) else options.parameters)
+    run = parameters.defaults(ROOT / "notebooks" / "70_ground_truth.ipynb") | said
+    folder = options.folder or results.run_folder(run["cache"], **results.fine_tuning_key(run))
     lora.quiet()
     try:
-        chosen = subject(run, options.folder)
+        chosen = subject(run, folder)
         found = bank(
             run,
             chosen,
             plan(run, len(chosen.tuned.train)),
-            options.folder,
+            folder,
             known=options.known,
             part=(options.part, options.of),
         )

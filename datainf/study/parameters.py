@@ -6,7 +6,9 @@ compares what was injected with what was declared and says in one sentence what 
 
 import ast
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from datainf.errors import InputError
 
@@ -48,6 +50,14 @@ def check(namespace: Mapping) -> dict[str, object]:
         if not _is_of(value, types[name]):
             raise InputError(f"The parameter {name!r} must be {types[name]}, not {value!r}.")
     return values
+
+
+def defaults(notebook: str | Path) -> dict[str, object]:
+    """The parameters that a notebook declares, name -> value, in the order of their declaration."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
+    (source,) = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    declared = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: ast.literal_eval(node.value) for node in declared}
 
 
 def between(**limits: tuple[float, float, float]) -> None:

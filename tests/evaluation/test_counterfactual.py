@@ -1,5 +1,8 @@
 """What retraining says of scores, where the truth is known: by brute force, by scipy and by construction."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +13,7 @@ from scipy import stats
 from datainf.errors import InputError
 from datainf.evaluation import counterfactual, retraining
 from datainf.evaluation.retraining import SAME, Bank
+from datainf.study.provenance import ROOT
 
 N, M = 60, 12
 rng = np.random.default_rng(3)
@@ -213,3 +217,20 @@ def test_bad_input_is_one_sentence(truth):
 
 def _without(bank: Bank, design: str) -> Bank:
     return bank._at(np.flatnonzero(bank.rows["design"] != design))
+
+
+def test_the_readme_scores_a_published_bank_in_five_lines():
+    """A stranger's method, which has nothing to do with the package."""
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Bank.load" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 5
+    bank = Bank.load(re.search(r'Bank.load\("(.*?)"\)', code)[1])
+    scores = np.random.default_rng(0).standard_normal((bank.losses.shape[1], bank.kept.shape[1]))
+    process = subprocess.run(
+        [sys.executable, "-c", f"import numpy as np\nscores = np.array({scores.round(3).tolist()})\n{code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert abs(float(process.stdout.split()[-1])) < 0.3  # chance

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from datainf import processes
 from datainf.data import glue, images, text
 from datainf.errors import InputError
 from datainf.evaluation import retraining
@@ -247,9 +248,12 @@ def test_another_bank_is_refused(tmp_path):
         bank([], ridge, ABOUT, tmp_path / "nothing")
 
 
-def test_an_adapter_from_elsewhere_cannot_be_retrained(tmp_path):
+def test_what_cannot_be_retrained_is_refused(tmp_path, monkeypatch):
     tuned = replace(classifier_of(tmp_path), training=None)
     with pytest.raises(InputError, match="fine-tune it here to retrain it"):
+        retraining.outcomes(tuned, losses.classification)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="shared out by part="):
+        patch.setattr(processes, "rank_and_count", lambda: (0, 2))
         retraining.outcomes(tuned, losses.classification)
     with pytest.raises(InputError, match="No example is kept"):
         retrain(classifier_of(tmp_path).training, np.zeros(24, dtype=bool))

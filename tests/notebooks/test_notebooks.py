@@ -14,6 +14,11 @@ TEXT = "text_identification-math_without_reasoning-r8-s0.csv"
 SMALLEST_TEXT = {"task": "math_without_reasoning", "n_train": 4, "n_test": 2, "epochs": 1}
 IMAGES = "image_identification-demo-style-r1-s0.csv"
 SMALLEST_IMAGES = {"n_train": 3, "n_test": 2, "size": 16, "steps": 5, "batch_size": 4, "timesteps": [225, 725]}
+TRUTH = "ground_truth-demo-reviews-r2-s0.csv"
+SMALLEST_TRUTH = {
+    **{"n_train": 20, "n_query": 8, "epochs": 1, "rank": 2, "orders": 2, "folds": 0, "members": 1, "top_shares": []},
+    **{"halves": 10, "removals": 0, "halves_in_same": 0, "removals_in_same": 0},
+}
 SMALLEST = {"n_train": 40, "n_validation": 20, "epochs": 1, "dataset": "demo-reviews"}
 
 
@@ -33,6 +38,8 @@ def sweep(tmp_path_factory, diffusion_base):
     given = {**SMALLEST_IMAGES, "model": diffusion_base, "cache": str(folder / "cache"), "output": str(output)}
     figures = str(folder / "results" / "tiny" / "figures")
     execute("40_image_identification", folder, **given, inference_steps=2, stability=1, figures=figures)
+    output = folder / "results" / "tiny" / "runs" / TRUTH
+    execute("70_ground_truth", folder, **SMALLEST_TRUTH, cache=str(folder / "truth"), output=str(output))
     execute("90_figures_and_tables", folder, folder=str(folder / "results" / "tiny"), save=True)
     return folder
 
@@ -95,6 +102,7 @@ def test_figures_and_tables_are_there(sweep):
         "figure2_5_detection_auc",
         "figure3_demo-style",
         "figure4_demo-style",
+        "ground_truth",
         "table2_class_detection",
         "table2_pictures",
         "template_or_answer",
@@ -104,6 +112,8 @@ def test_figures_and_tables_are_there(sweep):
     assert "DataInf" in (here / "tables" / "table2.md").read_text()
     assert pd.read_csv(here / "tables" / "table4.csv")["n"].tolist() == [40]
     assert "0.820 ± 0.005" in (here / "tables" / "table2_pictures.md").read_text()
+    assert "a perfect predictor" in (here / "tables" / "leaderboard.md").read_text()
+    assert "LDS of DataInf" in (here / "tables" / "ours_beside_paper.md").read_text()
     assert pd.read_csv(here / "tables" / "table4_pictures.csv")["fine-tuned (paper, FID)"].tolist() == [189.6]
 
 

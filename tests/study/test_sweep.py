@@ -14,7 +14,7 @@ import yaml
 from running import execute
 
 from datainf.errors import InputError
-from datainf.study import publish, replay, sweep
+from datainf.study import ground_truth, parameters, publish, replay, results, sweep
 from datainf.study.provenance import ROOT
 
 VARIABLES = {name: "" for names in sweep.GIVEN.values() for name in names if name}
@@ -61,6 +61,27 @@ def test_the_sweep_plans_every_run_of_a_scale_whatever_is_published(scale, study
     status, printed = snakemake("-n", config=scale, cwd=study)
     assert status == 0, printed
     assert re.search(rf"^run\s+{runs(scale)}$", printed, re.MULTILINE)
+
+
+def test_retrainings_are_spread_over_jobs(study, tmp_path):
+    """As many as the section says, each run of the notebook after its own; what they do is what the notebook would."""
+    whole = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text(encoding="utf8"))
+    whole["ground_truth"] |= {"jobs": 3, "grid": {"dataset": ["demo-reviews"], "rank": [2], "seed": [0, 1]}}
+    (study / "config" / "jobs.yaml").write_text(yaml.safe_dump(whole), encoding="utf8")
+    status, printed = snakemake("-n", config="jobs", cwd=study)
+    assert status == 0, printed
+    assert re.search(r"^retrain\s+6$", printed, re.MULTILINE)
+    run = {"n_train": 20, "n_query": 8, "epochs": 1, "orders": 1, "halves": 3, "removals": 1, "halves_in_same": 2}
+    run |= {"removals_in_same": 0, "cache": str(tmp_path)}
+    command = [sys.executable, "-m", "datainf.study.ground_truth", sweep.one_line(run), "--of", "2", "--part"]
+    jobs = [subprocess.Popen([*command, part], cwd=ROOT, stderr=subprocess.PIPE, text=True) for part in "01"]
+    for job in jobs:  # at the same time: the first to come fine-tunes the model
+        _, said = job.communicate()
+        assert job.returncode == 0, said
+    whole_run = parameters.defaults(ROOT / "notebooks" / "70_ground_truth.ipynb") | run
+    folder = results.run_folder(tmp_path, **results.fine_tuning_key(whole_run))
+    plan = ground_truth.plan(whole_run, 20)
+    assert {path.stem for path in (folder / "retrainings").iterdir()} == {one.name for one in plan}
 
 
 @pytest.mark.parametrize(

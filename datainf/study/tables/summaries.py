@@ -46,6 +46,7 @@ def leaderboard(truth: pd.DataFrame) -> pd.DataFrame:
     table = text.unstack(cells).reindex(best).rename(label).fillna("")
     ceilings = truth.groupby(cells, sort=False)["ceiling"].mean()
     table.loc["a perfect predictor"] = ["1" if pd.isna(value) else f"{value:.2f}" for value in ceilings[table.columns]]
+    table.columns = [f"{dataset}, rank {rank}: {design}" for dataset, rank, design in table.columns]
     return table
 
 
