@@ -5,6 +5,7 @@ bank without any retraining: see `counterfactual`.
 """
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ class Retraining:
     Attributes:
         kept: of n training examples, those that are trained on.
         design: full, subset, repeat, without_top or leave_one_out.
-        number: which of several of a design; of leave_one_out, the example.
+        number: which of several of a design; of leave_one_out the example, of without_top a checksum of who is left out.
         method: whose scores chose, of without_top.
         batches: `OWN` or `SAME`.
         order: the seed of the batches and of dropout, where it is not the recipe's own.
@@ -100,7 +101,8 @@ def without_top(scores: Float[np.ndarray, " n"], share: float, method: str, *, b
     removed = max(1, round(share * len(scores)))
     kept = np.ones(len(scores), dtype=bool)
     kept[np.argsort(scores, kind="stable")[:removed]] = False
-    return Retraining(kept, "without_top", method=method, batches=batches)
+    # Other scores of the same method leave out others.
+    return Retraining(kept, "without_top", zlib.crc32(np.packbits(kept).tobytes()), method, batches)
 
 
 def leave_one_out(n: int, examples: Iterable[int] | None = None, *, batches: str = SAME) -> list[Retraining]:

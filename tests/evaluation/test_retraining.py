@@ -184,6 +184,8 @@ def test_a_bank_is_what_its_retrainings_gave(tmp_path):
     assert len(again.select(design="subset", batches=OWN)) == 12
     (top,) = again.select(design="without_top").kept
     assert np.flatnonzero(~top).tolist() == [0, 1]  # the most helpful, whose scores are the lowest
+    other = retraining.without_top(5.0 - np.arange(N), 0.05, "datainf")  # by scores that have changed
+    assert len(bank([other], ridge, ABOUT, tmp_path / "parts")) == 1
     assert (again.select(design="leave_one_out").rows["number"] == [3, 7]).all()
 
 
