@@ -41,7 +41,7 @@ class Retraining:
     Attributes:
         kept: of n training examples, those that are trained on.
         design: full, subset, repeat, without_top or leave_one_out.
-        number: which of several of a design; of leave_one_out the example, of without_top a checksum of who is left out.
+        number: which of several of a design; of leave_one_out the example; of without_top a checksum of `kept`.
         method: whose scores chose, of without_top.
         batches: `OWN` or `SAME`.
         order: the seed of the batches and of dropout, where it is not the recipe's own.
