@@ -135,38 +135,30 @@ def reliability(bank: Bank, scores: Scores) -> float:
 def ceiling(bank: Bank, repeated: Bank, *, draws: int = 1000, seed: int = 0) -> Estimate:
     """What a perfect predictor would reach: the LDS of the losses' expectations, when part of the losses is chance.
 
-    Where the variance over subsets is S + N, the second part being that of batches and dropout, the losses correlate
-    with their expectation by sqrt(S / (S + N)). N is that of retrainings without the same examples in several orders,
-    and its share is averaged over the queries. The interval is of subsets, queries and orders drawn anew; of few orders
-    it is wide.
+    Some subsets were retrained twice, in other batches and with other dropout. Over those, a query's two losses
+    correlate by rho, the part of their variance that is not chance, and each of them with its expectation by sqrt(rho).
+    The correlation is Spearman's, the mean over the queries, and the interval of queries and subsets drawn anew.
 
     Args:
         bank: retrainings without random subsets.
-        repeated: retrainings of one training set or some, each in several orders.
+        repeated: some of them in another order.
 
     Raises:
-        InputError: there is no training set with several orders.
+        InputError: fewer than three subsets were retrained twice.
     """
-    groups = [group.index.to_numpy() for _, group in repeated.rows.groupby(["removed", "number"]) if len(group) > 1]
-    if not groups:
-        raise InputError("The noise is not known: no training set was retrained in several orders.")
-    rng = np.random.default_rng(seed)
-    s, m = bank.losses.shape
+    first = {number: at for at, number in enumerate(bank.rows["number"])}
+    again = [at for at, number in enumerate(repeated.rows["number"]) if number in first]
+    if len(again) < 3:
+        raise InputError(f"{len(again)} subsets were retrained twice, in another order; the noise takes 3 to be known.")
+    one = bank.losses[[first[repeated.rows["number"][at]] for at in again]].T.astype(float)
+    other = repeated.losses[again].T.astype(float)
 
-    def of(
-        subsets: Int[np.ndarray, " s"], queries: Int[np.ndarray, " m"], orders: list[np.ndarray], lost: int
-    ) -> float:
-        """`lost`: the degrees of freedom that are lost: one, and one more where k of k are drawn with replacement."""
-        sums = [repeated.losses[rows].astype(float).var(axis=0) * len(rows) for rows in orders]
-        noise = np.sum(sums, axis=0) / sum(len(rows) * (1 - 1 / len(rows)) ** lost for rows in orders)
-        total = bank.losses[subsets].astype(float).var(axis=0) / (1 - 1 / s) ** lost
-        return float(np.sqrt(np.clip(1 - (noise / total)[queries].mean(), 0, 1)))
+    def of(subsets: Int[np.ndarray, " k"], queries: Int[np.ndarray, " m"]) -> float:
+        return float(np.sqrt(np.clip(_spearman(one[:, subsets], other[:, subsets])[queries].mean(), 0, 1)))
 
-    again = [
-        of(_two_at_least(rng, s), rng.integers(m, size=m), [rows[_two_at_least(rng, len(rows))] for rows in groups], 2)
-        for _ in range(draws)
-    ]
-    return Estimate(of(np.arange(s), np.arange(m), groups, 1), *np.nanquantile(again, [0.025, 0.975]))
+    rng, (m, k) = np.random.default_rng(seed), one.shape
+    resampled = [of(_two_at_least(rng, k), rng.integers(m, size=m)) for _ in range(draws)]
+    return Estimate(of(np.arange(k), np.arange(m)), *np.quantile(resampled, [0.025, 0.975]))
 
 
 def without_top(bank: Bank, *, batches: str = SAME, draws: int = 1000, seed: int = 0) -> pd.DataFrame:

@@ -28,6 +28,9 @@ from datainf.storage.files import fill_whole, place, remove_stale
 OWN, SAME = "own", "same"
 """A retraining's batches: of the kept examples alone, drawn anew; those of all, in which the others weigh nothing."""
 
+REPEATED = 1_000_000
+"""Seeds of orders begin here where a subset is retrained once more."""
+
 KEY = ["design", "method", "removed", "number", "batches", "order"]
 """The columns by which a retraining is known."""
 
@@ -91,9 +94,9 @@ def subsets(n: int, share: float, count: int, *, batches: str = OWN, seed: int =
     return plan
 
 
-def repeats(one: Retraining, orders: Iterable[int]) -> list[Retraining]:
-    """The same examples left out, in several orders, which tell how much of a loss is chance."""
-    return [replace(one, design="repeat", order=order) for order in orders]
+def repeats(plan: Iterable[Retraining]) -> list[Retraining]:
+    """The same subsets in another order, by which is known how much of a loss is chance."""
+    return [replace(one, design="repeat", order=REPEATED + one.number) for one in plan]
 
 
 def without_top(scores: Float[np.ndarray, " n"], share: float, method: str, *, batches: str = OWN) -> Retraining:

@@ -97,23 +97,20 @@ def subject(run: Mapping[str, object], folder: str | Path, *, model_seed: int | 
 
 
 def plan(run: Mapping[str, object], n: int) -> list[Retraining]:
-    """The retrainings that need no scores: all examples, and those and the first half in several orders; then random
-    halves and removals of 5%, in fresh batches and in the same batches, those of one number together."""
-    n_of = {
-        (0.5, OWN): "halves",
-        (0.05, OWN): "removals",
-        (0.5, SAME): "halves_in_same",
-        (0.05, SAME): "removals_in_same",
+    """The retrainings that need no scores: all examples; random halves and removals of 5%, in fresh batches and in the
+    same batches, those of one number together; and the first ones in fresh batches once more, in another order."""
+    counts = {
+        (0.5, OWN): run["halves"],
+        (0.05, OWN): run["removals"],
+        (0.5, SAME): run["halves_in_same"],
+        (0.05, SAME): run["removals_in_same"],
     }
-    random = [
-        one
-        for (share, batches), name in n_of.items()
-        for one in retraining.subsets(n, share, run[name], batches=batches)
-    ]
-    random.sort(key=lambda one: one.number)
-    orders = range(1000, 1000 + run["orders"])
-    noise = [each for each in (retraining.full(n), *random[:1]) for each in retraining.repeats(each, orders)]
-    return [retraining.full(n), retraining.full(n, batches=SAME), *noise, *random]
+    chosen: list[Retraining] = []
+    for (share, batches), count in counts.items():
+        subsets = retraining.subsets(n, share, count, batches=batches)
+        chosen += subsets + (retraining.repeats(subsets[: run["repeats"]]) if batches == OWN else [])
+    chosen.sort(key=lambda one: one.number)
+    return [retraining.full(n), retraining.full(n, batches=SAME), *chosen]
 
 
 def gradients(

@@ -152,12 +152,12 @@ def paper_reported(folder: str | Path) -> pd.DataFrame:
 AFTERWARDS = {
     *("methods", "loss", "other_losses", "reduction", "damping", "cache", "output", "figures"),
     *("timesteps", "draws", "stability", "inference_steps", "guidance", "inception"),
-    *("halves", "removals", "halves_in_same", "removals_in_same", "orders", "top_shares", "members", "folds", "bank"),
+    *("halves", "removals", "halves_in_same", "removals_in_same", "repeats", "top_shares", "members", "folds", "bank"),
 }
 # Those that a record has in other columns, or has no use for; a task is the column dataset.
 UNRECORDED = {
     *("task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception", "accumulate"),
-    *("halves", "removals", "halves_in_same", "removals_in_same", "orders", "top_shares", "members", "folds", "bank"),
+    *("halves", "removals", "halves_in_same", "removals_in_same", "repeats", "top_shares", "members", "folds", "bank"),
 }
 
 

@@ -158,7 +158,7 @@ def ridge(one: Retraining):
 def plan_of(count=12):
     return [
         retraining.full(N),
-        *retraining.repeats(retraining.full(N), [1, 2]),
+        *retraining.repeats(retraining.subsets(N, 0.5, 3)),
         *retraining.subsets(N, 0.5, count),
         *retraining.subsets(N, 0.05, count, batches=SAME),
         *retraining.leave_one_out(N, [3, 7]),

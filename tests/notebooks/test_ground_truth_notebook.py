@@ -12,7 +12,7 @@ FEW = {
     "removals": 0,
     "halves_in_same": 10,
     "removals_in_same": 0,
-    "orders": 2,
+    "repeats": 4,
     "folds": 2,
     "members": 2,
     "top_shares": [0.1],

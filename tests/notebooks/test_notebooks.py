@@ -16,7 +16,7 @@ IMAGES = "image_identification-demo-style-r1-s0.csv"
 SMALLEST_IMAGES = {"n_train": 3, "n_test": 2, "size": 16, "steps": 5, "batch_size": 4, "timesteps": [225, 725]}
 TRUTH = "ground_truth-demo-reviews-r2-s0.csv"
 SMALLEST_TRUTH = {
-    **{"n_train": 20, "n_query": 8, "epochs": 1, "rank": 2, "orders": 2, "folds": 0, "members": 1, "top_shares": []},
+    **{"n_train": 20, "n_query": 8, "epochs": 1, "rank": 2, "repeats": 4, "folds": 0, "members": 1, "top_shares": []},
     **{"halves": 10, "removals": 0, "halves_in_same": 0, "removals_in_same": 0},
 }
 SMALLEST = {"n_train": 40, "n_validation": 20, "epochs": 1, "dataset": "demo-reviews"}

@@ -71,7 +71,7 @@ def test_retrainings_are_spread_over_jobs(study, tmp_path):
     status, printed = snakemake("-n", config="jobs", cwd=study)
     assert status == 0, printed
     assert re.search(r"^retrain\s+6$", printed, re.MULTILINE)
-    run = {"n_train": 20, "n_query": 8, "epochs": 1, "orders": 1, "halves": 3, "removals": 1, "halves_in_same": 2}
+    run = {"n_train": 20, "n_query": 8, "epochs": 1, "repeats": 2, "halves": 3, "removals": 1, "halves_in_same": 2}
     run |= {"removals_in_same": 0, "cache": str(tmp_path)}
     command = [sys.executable, "-m", "datainf.study.ground_truth", sweep.one_line(run), "--of", "2", "--part"]
     jobs = [subprocess.Popen([*command, part], cwd=ROOT, stderr=subprocess.PIPE, text=True) for part in "01"]
