@@ -66,7 +66,7 @@ def by_task(truth: pd.DataFrame, title: str) -> Figure:
     )
     order = list(means.groupby("method")["lds"].mean().sort_values().index)
     panels = list(dict.fromkeys(zip(means["dataset"], means["rank"], strict=True)))
-    figure, axes = grid_of(panels, width=4.4, height=0.36 * len(order) + 1.3, columns=2, sharey=True, sharex=True)
+    figure, axes = grid_of(panels, width=4.2, height=0.36 * len(order) + 1.3, columns=3, sharey=True, sharex=True)
     for axis, (dataset, rank) in zip(axes, panels, strict=True):
         some = means[(means["dataset"] == dataset) & (means["rank"] == rank)]
         for shift, design in enumerate(designs):
@@ -84,9 +84,10 @@ def by_task(truth: pd.DataFrame, title: str) -> Figure:
         axis.set_yticklabels([label(method) for method in order])
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
-    seeds = truth["seed"].nunique()
-    how = f"{seeds} seed{'s' * (seeds > 1)}; bars: 95% bootstrap interval over queries and subsets, mean over seeds"
-    figure.suptitle(f"{title}\n{how}", fontsize=12)
+    seeds, (few, many) = truth["seed"].nunique(), (truth["retrainings"].min(), truth["retrainings"].max())
+    how = f"{few} to {many} retrainings" if few < many else f"{many} retrainings"
+    how += f" of each design; bars: 95% bootstrap interval over queries and subsets; mean of {seeds} seeds"
+    figure.suptitle(f"{title}\n{how.removesuffix('; mean of 1 seeds')}", fontsize=12)
     return figure
 
 
