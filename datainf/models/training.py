@@ -70,13 +70,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Training:
-    """What a fine-tuning is made of, besides its base and its recipe.
+    """All that a fine-tuning is made of, so that it can be done again.
 
     Attributes:
         load: gives the base afresh, with the same weights each time.
         examples: what is trained on.
         query: the examples whose loss is followed.
         collate: makes a padded batch of a list of either.
+        recipe: the adapter's shape and how it is trained.
         task_type: PEFT's: "SEQ_CLS", "CAUSAL_LM", or None.
         loss: one loss per example; by default the model's own.
         compute_metrics: of the queries, for the Trainer.

@@ -107,6 +107,8 @@ def plan(run: Mapping[str, object], n: int) -> list[Retraining]:
     }
     chosen: list[Retraining] = []
     for (share, batches), count in counts.items():
+        if not count:  # a share of few examples may be none
+            continue
         subsets = retraining.subsets(n, share, count, batches=batches)
         chosen += subsets + (retraining.repeats(subsets[: run["repeats"]]) if batches == OWN else [])
     chosen.sort(key=lambda one: one.number)
