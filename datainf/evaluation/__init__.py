@@ -1,6 +1,6 @@
 """Is a score any good?
 
 `metrics`: against the exact scores, against flipped labels, against classes. `retraining`: models fine-tuned again
-without some examples, and `counterfactual`: do scores predict what becomes of them? `baselines`: what a score has to beat.
-`frechet`: generated pictures.
+without some examples, and `counterfactual`: do scores predict what becomes of them? `baselines`: what a score has to
+beat. `frechet`: generated pictures.
 """
