@@ -18,11 +18,12 @@ import datainf.attribution.influence as attribution
 from datainf.attribution.methods import hessian_free
 from datainf.evaluation import metrics
 from datainf.models.forward import of_each
-from datainf.models.lora import retrain
+from datainf.models.lora import FineTuned, retrain
 from datainf.models.training import Training
 from datainf.progress import bar
 
 Scores = Float[np.ndarray, "m n"]
+Suspicion = Float[np.ndarray, " n"]
 
 
 def random(m: int, n: int, seed: int = 0) -> Scores:
@@ -30,19 +31,23 @@ def random(m: int, n: int, seed: int = 0) -> Scores:
     return np.random.default_rng(seed).standard_normal((m, n))
 
 
-def of_examples(suspicion: Float[np.ndarray, " n"], m: int) -> Scores:
+def of_examples(suspicion: Suspicion, m: int) -> Scores:
     """Something said of the training examples alone, such as their loss, as scores for every query."""
     return np.tile(np.asarray(suspicion, dtype=float), (m, 1))
 
 
-def self_influence(train: Mapping[str, Tensor], method: str = "datainf") -> Float[np.ndarray, " n"]:
-    """How much an example's own loss falls by it: large where it is fitted by itself (Koh & Liang, 2017)."""
-    return -attribution.self_influence(train, method).double().cpu().numpy()
+def self_influence(train: Mapping[str, Tensor], method: str = "datainf", damping: float = 0.1, **where) -> Suspicion:
+    """How much an example's own loss falls by it: large where it is fitted by itself (Koh & Liang, 2017).
+
+    Args:
+        where: `device` and `memory`, as of `datainf.self_influence`.
+    """
+    return -attribution.self_influence(train, method, damping, **where).double().cpu().numpy()
 
 
-def gradient_cosine(train: Mapping[str, Tensor], query: Mapping[str, Tensor]) -> Scores:
-    """The cosine of the whole gradients, all layers together, negated."""
-    products = attribution.influence(train, query, hessian_free).double().cpu().numpy()
+def gradient_cosine(train: Mapping[str, Tensor], query: Mapping[str, Tensor], **where) -> Scores:
+    """The cosine of the whole gradients, all layers together, negated; `where` as of `self_influence`."""
+    products = attribution.influence(train, query, hessian_free, **where).double().cpu().numpy()
     norms = [
         np.sqrt(sum(side[name].double().square().sum(dim=1).cpu().numpy() for name in side)) for side in (query, train)
     ]
@@ -83,7 +88,7 @@ def latents(train: Float[np.ndarray, "n ..."], query: Float[np.ndarray, "m ..."]
     return -metrics.picture_similarity(train, query)
 
 
-def cleanlab(labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
+def cleanlab(labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n k"]) -> Suspicion:
     """How suspicious a label is by cleanlab's normalized margin: 1 less its quality score (Northcutt et al., 2021)."""
     return 1 - get_label_quality_scores(np.asarray(labels), probabilities, method="normalized_margin")
 
@@ -104,4 +109,34 @@ def out_of_sample(training: Training, folds: int = 5, seed: int = 0) -> Float[np
         values = of_each(model, training.examples.select(held_out), probabilities, training.collate)
         found = np.zeros((len(labels), values.shape[1])) if found is None else found
         found[held_out] = values
+    return found
+
+
+def suspicions(
+    tuned: FineTuned,
+    train: Mapping[str, Tensor],
+    loss_fn: Callable[[nn.Module, Mapping], Tensor],
+    *,
+    labelled: bool = False,
+    folds: int = 0,
+    damping: float = 0.1,
+    **where,
+) -> dict[str, Callable[[], Suspicion]]:
+    """What says of the training examples alone how suspicious each is, by name, each to be called.
+
+    Args:
+        train: the examples' gradients.
+        labelled: whether the model is a classifier whose labels may be wrong, which cleanlab looks at.
+        folds: of cleanlab's cross-validation, each of which fine-tunes once; 0 leaves it out.
+        damping, where: of `self_influence`.
+    """
+    found: dict[str, Callable[[], Suspicion]] = {
+        "training_loss": lambda: of_each(tuned.model, tuned.train, loss_fn, tuned.collate),
+        "self_influence": lambda: self_influence(train, damping=damping, **where),
+    }
+    if labelled:
+        labels = np.array(tuned.train["labels"])
+        found["cleanlab"] = lambda: cleanlab(labels, of_each(tuned.model, tuned.train, probabilities, tuned.collate))
+        if folds:
+            found["cleanlab_cross_validated"] = lambda: cleanlab(labels, out_of_sample(tuned.training, folds))
     return found

@@ -159,10 +159,18 @@ class Bank:
         Raises:
             InputError: names what differs.
         """
-        for name in [*self.about, *about]:
-            ours, theirs = (json.loads(json.dumps(each.get(name))) for each in (self.about, about))
-            if ours != theirs:
-                raise InputError(f"The bank is of another {name}: {ours!r}, not {theirs!r}. Make one of its own.")
+        if differing := self._differing(about):
+            name, ours, theirs = differing[0]
+            raise InputError(f"The bank is of another {name}: {ours!r}, not {theirs!r}. Make one of its own.")
+
+    def is_of(self, about: Mapping[str, object]) -> bool:
+        """Whether it is of this model, data and recipe."""
+        return not self._differing(about)
+
+    def _differing(self, about: Mapping[str, object]) -> list[tuple[str, object, object]]:
+        """What is another here than there, as (name, here, there)."""
+        here, there = (json.loads(json.dumps(dict(each))) for each in (self.about, about))
+        return [(name, here.get(name), there.get(name)) for name in here | there if here.get(name) != there.get(name)]
 
     def save(self, path: str | Path) -> None:
         """Write it, whole or not at all: a row per retraining, ``kept`` and ``right`` as packed bits, ``losses`` as

@@ -55,6 +55,7 @@ class Differentiator:
         self.weights, self.recorder = weights, recorder
         self.trainable = [parameter for parameter, required in as_found.items() if required]
         self.device = next(model.parameters()).device
+        self.types = {parameter.dtype for parameter in model.parameters()}
         self.seen: set[str] = set()  # layers whose recorded gradients were compared and agree
         self.idle: set[str] = set(weights)  # of which no gradient was seen yet
         self.sometimes: set[str] = set()  # seen, and rightly without a gradient in some batch
@@ -121,9 +122,13 @@ class Differentiator:
             return self._loss(indices).detach()
 
     def _finite(self, losses: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """The losses, not a number where a gradient is none."""
-        largest = torch.stack([gradients.abs().amax(dim=1).to(losses) for gradients in values.values()])
-        return torch.where(largest.isfinite().all(dim=0), losses, torch.nan)
+        """The losses, not a number where a gradient is none, or is so large that its norm is none: every method needs
+        that. (The norm is one pass over the gradients, where a look at each number would make copies of them.)"""
+        norms = []
+        for gradients in values.values():
+            at_least_float32 = torch.promote_types(gradients.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(gradients, dim=1, dtype=at_least_float32).isfinite())
+        return torch.where(torch.stack(norms).all(dim=0), losses, torch.nan)
 
     def _loss(self, indices: Indices) -> Tensor:
         """The losses of some examples together, in a batch that nobody else holds."""
@@ -278,7 +283,7 @@ class Differentiator:
         return wrong
 
     def _tolerance(self) -> tuple[float, float]:
-        types = {parameter.dtype for parameter in self.model.parameters()} | self.recorder.types
+        types = self.types | self.recorder.types
         floats = {kind for kind in types if kind.is_floating_point}
         whole = {kind for kind in types - floats if kind in (torch.int8, torch.uint8)}  # quantized weights
         tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32

@@ -162,8 +162,10 @@ def _taken(
     """Layer -> the gradients of the work's last stretch, which without shards is all of it; None where it is to be done
     again, since a layer cannot be told apart as it seemed."""
     began, written, gradients = time.monotonic(), [], {}
+    # The rows of other processes are to be zero; where there are none, every row is written.
+    new = torch.zeros if processes.rank_and_count()[1] > 1 else torch.empty
     for start, stop, batches_here in work:
-        gradients = {name: torch.zeros(stop - start, d, dtype=dtype) for name, d in widths.items()}
+        gradients = {name: new(stop - start, d, dtype=dtype) for name, d in widths.items()}
         try:
             with Landing(gradients, start) as landing:
                 for indices in batches_here:
@@ -330,7 +332,7 @@ def _frozen(model: nn.Module) -> Iterator[dict[nn.Parameter, bool]]:
         for parameter in as_found:
             parameter.requires_grad_(False)
             parameter.grad = None
-        with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             yield as_found
     finally:
         for parameter, required in as_found.items():
@@ -339,7 +341,7 @@ def _frozen(model: nn.Module) -> Iterator[dict[nn.Parameter, bool]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch off, and back on where they were on: dropout; convolutions in TensorFloat-32, which has 10 bits; and
     torch's fused attention for inference, which goes around the modules and so around their adapters."""
     training = {module: module.training for module in model.modules()}

@@ -23,6 +23,7 @@ from transformers import (
 
 from datainf.data.text import TextTask
 from datainf.errors import InputError
+from datainf.gradients.per_sample import evaluating
 from datainf.models import lora
 from datainf.models.lora import FineTuned, Recipe
 from datainf.models.losses import IGNORED
@@ -180,9 +181,8 @@ def respond(
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     responses = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    with bar(total=len(prompts), desc="responding", unit="prompt") as progress, torch.no_grad():
+    progress = bar(total=len(prompts), desc="responding", unit="prompt")
+    with progress, evaluating(model), torch.no_grad():
         for first in range(0, len(order), batch_size):
             some = order[first : first + batch_size]
             batch = _pad_left([prompts[index] for index in some], tokenizer)
@@ -191,7 +191,6 @@ def respond(
             for index, text in zip(some, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 responses[index] = text.strip()
             progress.update(len(some))
-    model.train(training)
     return responses
 
 

@@ -8,6 +8,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from datainf.gradients.batches import batches
+from datainf.gradients.per_sample import evaluating
 
 
 @torch.no_grad()
@@ -21,12 +22,13 @@ def of_each(
 ) -> np.ndarray:
     """What a function (model, batch) -> (batch, ...) gives of each of n examples, shape (n, ...), in float32 or bool.
 
-    Like lengths share a batch; the model stays in the mode it is in.
+    Like lengths share a batch. Dropout is off; the model is left in the mode it was in.
     """
     found: dict[int, np.ndarray] = {}
     device = next(model.parameters()).device
-    for places in batches(examples, 0, len(examples), batch_size=batch_size, batch_tokens=None):
-        values = function(model, send_to_device(collate([examples[index] for index in places]), device))
-        values = values.cpu() if values.dtype == torch.bool else values.float().cpu()
-        found |= dict(zip(places, values.numpy(), strict=True))
+    with evaluating(model):
+        for places in batches(examples, 0, len(examples), batch_size=batch_size, batch_tokens=None):
+            values = function(model, send_to_device(collate([examples[index] for index in places]), device))
+            values = values.cpu() if values.dtype == torch.bool else values.float().cpu()
+            found |= dict(zip(places, values.numpy(), strict=True))
     return np.stack([found[index] for index in range(len(examples))])

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from datainf.errors import InputError
 from datainf.evaluation import baselines, retraining
 from datainf.evaluation.retraining import OWN, SAME, Bank, Retraining
 from datainf.models import causal_lm, classifier, diffusion, lora, losses
-from datainf.models.forward import of_each
 from datainf.models.lora import FineTuned, Recipe
 from datainf.study import parameters, results
 from datainf.study.provenance import ROOT, provenance, rooted
@@ -144,43 +144,27 @@ def baselines_of(
     """
     tuned, task = chosen.tuned, chosen.task
     m, n = len(tuned.query), len(tuned.train)
-
-    def of_all(suspicion: Callable[[], Float[np.ndarray, " n"]]) -> Callable[[], Float[np.ndarray, "m n"]]:
-        return lambda: baselines.of_examples(suspicion(), m)
-
-    def loss() -> Float[np.ndarray, " n"]:
-        return of_each(tuned.model, tuned.train, chosen.loss_fn, tuned.collate)
-
+    flips = isinstance(task, glue.NoisyTask) and task.flipped.any()
+    suspicions = baselines.suspicions(tuned, train, chosen.loss_fn, labelled=flips, folds=folds)
     found = {
         "gradient_cosine": lambda: baselines.gradient_cosine(train, query),
-        "training_loss": of_all(loss),
-        "self_influence": of_all(lambda: baselines.self_influence(train)),
         "random": lambda: baselines.random(m, n),
-    }
+    } | {name: partial(_of_examples, suspicion, m) for name, suspicion in suspicions.items()}
     if isinstance(task, images.ImageTask):
         pictures = [np.asarray(examples.latents) for examples in (tuned.train, tuned.query)]
         return found | {"latents": lambda: baselines.latents(*pictures)}
     texts = [_texts(task, split) for split in (task.train, _queries(task))]
-    found |= {
+    return found | {
         "hidden_states": lambda: baselines.hidden_state_similarity(
             tuned.model, tuned.train, tuned.query, tuned.collate
         ),
         "bm25": lambda: baselines.bm25(*texts),
         "tfidf": lambda: baselines.tfidf(*texts),
     }
-    if isinstance(task, glue.NoisyTask) and task.flipped.any():
-        labels = np.array(tuned.train["labels"])
 
-        def inside() -> Float[np.ndarray, " n"]:
-            chances = of_each(tuned.model, tuned.train, baselines.probabilities, tuned.collate)
-            return baselines.cleanlab(labels, chances)
 
-        found["cleanlab"] = of_all(inside)
-        if folds:
-            found["cleanlab_cross_validated"] = of_all(
-                lambda: baselines.cleanlab(labels, baselines.out_of_sample(tuned.training, folds))
-            )
-    return found
+def _of_examples(suspicion: Callable[[], baselines.Suspicion], m: int) -> Float[np.ndarray, "m n"]:
+    return baselines.of_examples(suspicion(), m)
 
 
 def _queries(task: glue.NoisyTask | text.TextTask) -> Dataset:
@@ -202,17 +186,35 @@ def bank(
     known: str = "",
     part: tuple[int, int] = (0, 1),
 ) -> Bank:
-    """`retraining.bank` of a subject; `known` is the file of a bank that has some of the retrainings."""
+    """`retraining.bank` of a subject; `known` is a bank that has some of the retrainings, or a folder of banks, of
+    which the one of this subject is taken."""
     outcome_of = retraining.outcomes(chosen.tuned, chosen.loss_fn, chosen.right_fn, batch_size=run["batch_size"])
-    made = provenance()
+    made, about = provenance(), chosen.about(run)
     return retraining.bank(
         retrainings,
         outcome_of,
-        chosen.about(run),
+        about,
         Path(folder) / "retrainings",
-        known=Bank.load(rooted(known)) if known else None,
+        known=_bank_of(rooted(known), about) if known else None,
         part=part,
         facts={name: made[name] for name in FACTS},
+    )
+
+
+def _bank_of(path: Path, about: Mapping[str, object]) -> Bank:
+    """The bank in a file, or that of a folder which is about this.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    if not path.is_dir():
+        return Bank.load(path)
+    for file in sorted(path.glob("*.parquet")):
+        found = Bank.load(file)
+        if found.is_of(about):
+            return found
+    raise InputError(
+        f"No bank in {path} is of this task, model and recipe: leave bank empty, and the models are trained again."
     )
 
 
@@ -229,7 +231,7 @@ def main() -> None:
     parser.add_argument("--folder", help="keeps the model and the retrainings; by default where the notebook does")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
-    parser.add_argument("--known", default="", help="a bank that has some of the retrainings")
+    parser.add_argument("--known", default="", help="a bank that has some of the retrainings, or a folder of banks")
     parser.add_argument("--output", default="", help="the file for the bank of all that is done")
     options = parser.parse_args()
     given = Path(options.parameters)

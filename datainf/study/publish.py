@@ -1,6 +1,6 @@
 """Make reproduced results the published ones: ``python -m datainf.study.publish SCALE`` (make publish SCALE=...).
 
-`results/published/SCALE` becomes a copy of `results/SCALE`: records, tables, figures, banks, and the executed
+`results/published/SCALE` becomes a copy of `results/SCALE`: records, tables, figures, banks and draws, and the executed
 notebooks that the configuration names under `publish`. It is what the README and the tests speak of.
 """
 
@@ -19,7 +19,7 @@ from datainf.errors import InputError
 from datainf.study import readme
 from datainf.study.provenance import ROOT
 
-PARTS = ("runs", "tables", "figures", "banks")
+PARTS = ("runs", "tables", "figures", "banks", "draws")
 
 
 def publish(ours: Path, published: Path, notebooks: list[str]) -> None:

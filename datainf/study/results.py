@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from datainf import scaling
 from datainf.errors import InputError
-from datainf.storage.files import write_whole
+from datainf.storage.files import fill_whole, write_whole
 from datainf.study import sweep
 from datainf.study.provenance import FINE_TUNING, code_hash, provenance, rooted
 
@@ -103,6 +103,37 @@ def save_run(path: str | Path, rows: pd.DataFrame, **facts) -> pd.DataFrame:
     if missing := [column for column in RUN_COLUMNS if column not in record]:
         raise InputError(f"A run record needs the column {missing[0]!r}.")
     return _save(path, record[[*RUN_COLUMNS, *(column for column in record if column not in RUN_COLUMNS)]])
+
+
+def save_draws(path: str | Path, draws: Mapping[str, pd.DataFrame], **cell) -> None:
+    """Write what `counterfactual.lds_table` drew, by design, of the run whose record goes to `path`: to draws/ beside
+    its folder. `cell` are its dataset, rank and seed."""
+    path = _beside(path, "draws")
+    frame = pd.concat(draws, names=["design", "draw"]).astype("float32").reset_index().assign(**cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fill_whole(path, lambda aside: frame.to_parquet(aside, index=False, compression="zstd"))
+
+
+def load_draws(folder: str | Path) -> pd.DataFrame:
+    """All draws in `folder`: columns dataset, rank, seed, design, draw, and a column per method with its LDS.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = sorted(rooted(folder).glob("*.parquet"))
+    if not files:
+        raise InputError(f"{folder} holds no draws of the ground truth: run its notebook, 70, again.")
+    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+
+
+def bank_of(path: str | Path) -> Path:
+    """Where the bank goes of the run whose record goes to `path`."""
+    return _beside(path, "banks")
+
+
+def _beside(path: str | Path, folder: str) -> Path:
+    record = rooted(path)
+    return record.parents[1] / folder / f"{record.stem}.parquet"
 
 
 def save_lesson(folder: str | Path, name: str, rows: pd.DataFrame, run: Mapping[str, object], **facts) -> None:

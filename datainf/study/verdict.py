@@ -40,7 +40,8 @@ CELL = ["experiment", "dataset", "rank", "loss", "design", "method", "metric"]
 METRICS = [
     *("accuracy", "accuracy_base", "majority", "pearson", "spearman", "auc", "auc_signed", "recall", "recall_signed"),
     *("prompt_preferred", "prompt_preferred_signed", "frechet_base", "frechet"),
-    *("lds", "lds_of_mean", "ceiling", "qld_01", "qld_05", "qld_10", "flips_01", "flips_05", "flips_10", "slope"),
+    *("lds", "lds_of_mean", "lds_averaged", "ceiling", "slope"),
+    *("qld_01", "qld_05", "qld_10", "flips_01", "flips_05", "flips_10"),
 ]
 LESSONS = {  # what names a row of a lesson's record, and its numbers
     "leave_one_out": (["method"], ["pearson", "spearman"]),

@@ -109,6 +109,21 @@ def test_chance_and_what_is_said_of_examples_alone():
     assert baselines.of_examples(np.arange(4), 3).tolist() == [[0, 1, 2, 3]] * 3
 
 
+def test_what_is_said_of_examples_is_the_same_in_training_and_evaluation(tuned, gradients):
+    """A fine-tuned model comes with its adapter's dropout on; nothing that is said of it is drawn by chance."""
+    _, model = tuned
+    found = []
+    for training in (True, False):
+        model.model.train(training)
+        suspicions = baselines.suspicions(model, gradients[0], losses.classification, labelled=True)
+        found.append({name: suspicion() for name, suspicion in suspicions.items()})
+        assert all(module.training == training for module in model.model.modules())
+    assert set(found[0]) == {"training_loss", "self_influence", "cleanlab"}
+    for name, values in found[0].items():
+        np.testing.assert_array_equal(values, found[1][name], name)
+        assert values.shape == (60,)
+
+
 def test_latents_are_centred():
     pictures = np.random.default_rng(0).standard_normal((6, 4, 3, 3)) + 10
     scores = baselines.latents(pictures, pictures)

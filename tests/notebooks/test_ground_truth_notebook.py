@@ -56,16 +56,25 @@ def test_a_task_of_each_family(family, tmp_path):
     bank = Bank.load(tmp_path / "banks" / "ground_truth-it-r2-s0.parquet")
     assert len(bank.select(design="subset")) >= 20 and bank.about["task"] == FAMILIES[family]["dataset"]
     assert (bank.right is None) == (family == "images")
+    draws = pd.read_parquet(tmp_path / "draws" / "ground_truth-it-r2-s0.parquet")
+    assert set(draws["design"]) == set(record["design"]) and len(draws) == 2 * 1000
     if family == "classification":
         assert record["auc"].between(0, 1).all() and record["qld_10"].notna().any()
         assert "cleanlab_cross_validated" in set(record["method"])
         # The bank that was made is taken instead of retraining.
         again = given | FAMILIES[family] | {"bank": str(tmp_path / "banks" / output.with_suffix(".parquet").name)}
+        again["cache"] = str(tmp_path / "elsewhere")
         execute(NAME, tmp_path, **(again | {"output": str(tmp_path / "again" / "runs" / "it.csv")}))
         other = pd.read_csv(tmp_path / "again" / "runs" / "it.csv")
         pd.testing.assert_series_equal(other["lds"], record["lds"])
-        sentence = "InputError: The bank is of another"
-        assert_refused(sentence, NAME, tmp_path, **(again | {"epochs": 2}))
+        assert len(Bank.load(tmp_path / "again" / "banks" / "it.parquet")) == len(bank)
+        assert not list((tmp_path / "elsewhere").glob("*/retrainings/*"))
+        assert_refused("InputError: The bank is of another", NAME, tmp_path, **(again | {"epochs": 2}))
+        # Of a folder of banks that which is of this task is taken.
+        banks = {"bank": str(tmp_path / "banks")}
+        execute(NAME, tmp_path, **(again | banks | {"cache": str(tmp_path / "third")}))
+        assert not list((tmp_path / "third").glob("*/retrainings/*"))
+        assert_refused("InputError: No bank in", NAME, tmp_path, **(again | banks | {"epochs": 2}))
 
 
 @pytest.mark.parametrize(

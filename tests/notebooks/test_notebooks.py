@@ -53,6 +53,11 @@ def test_records_of_both_experiments(sweep):
     assert (errors["n_train"] == 40).all() and (errors["rank"] == 2).all()
     for column in ("seconds_gradients", "seconds_ihvp", "seconds_scores", "seconds_fine_tuning"):
         assert (errors[column] > 0).all()
+    baselines = detection.loc[
+        ["training_loss", "self_influence", "gradient_cosine", "cleanlab", "cleanlab_cross_validated"]
+    ]
+    assert baselines["seconds_ihvp"].isna().all() and baselines["found_50"].notna().all()
+    assert baselines["seconds_scores"].idxmax() == "cleanlab_cross_validated"  # which fine-tunes twice
     assert errors["model"].unique().tolist() == ["demo-roberta"]
     assert errors["commit"].notna().all() and errors["model_revision"].str.startswith("sha256:").all()
 
@@ -96,6 +101,7 @@ def test_figures_and_tables_are_there(sweep):
         "class_detection_by_loss",
         "class_detection_pictures_by_loss",
         "cost",
+        "detection_baselines",
         "detection_curves",
         "figure1_pearson",
         "figure1_spearman",
@@ -113,6 +119,12 @@ def test_figures_and_tables_are_there(sweep):
     assert pd.read_csv(here / "tables" / "table4.csv")["n"].tolist() == [40]
     assert "0.820 ± 0.005" in (here / "tables" / "table2_pictures.md").read_text()
     assert "a perfect predictor" in (here / "tables" / "leaderboard.md").read_text()
+    neighbours = pd.read_csv(here / "tables" / "lds_neighbours.csv")
+    assert len(neighbours) > 5 and (neighbours["seeds"] == "1 of 1")[neighbours["difference"] > 0].all()
+    assert (
+        "DataInf detects better than cleanlab, cross-validated"
+        in (here / "tables" / "ours_beside_paper.md").read_text()
+    )
     assert "LDS of DataInf" in (here / "tables" / "ours_beside_paper.md").read_text()
     assert pd.read_csv(here / "tables" / "table4_pictures.csv")["fine-tuned (paper, FID)"].tolist() == [189.6]
 

@@ -19,7 +19,7 @@ from datainf.study.plotting.identification import (
 )
 from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
 from datainf.study.plotting.retraining import by_task, calibration, ensembles, leaderboard
-from datainf.study.plotting.style import METHOD_STYLE, STAGES, confidence_interval, label, use_style
+from datainf.study.plotting.style import BASELINES, METHOD_STYLE, STAGES, confidence_interval, label, use_style
 from datainf.study.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ellipses",
     "blocks",
     "against_truth",
+    "BASELINES",
     "GUIDE",
     "KINDS",
     "METHOD_STYLE",

@@ -53,22 +53,19 @@ def leaderboard(tables: Mapping[str, pd.DataFrame], ceilings: Mapping[str, Estim
 
 
 @shown_once
-def by_task(truth: pd.DataFrame, title: str) -> Figure:
+def by_task(lds: pd.DataFrame, title: str) -> Figure:
     """The LDS of all tasks: a panel per dataset and rank, a row per method, a mark per design with its 95% interval.
 
     Args:
-        truth: records of the ground truth; several seeds are averaged.
+        lds: of `tables.lds_over_seeds`.
     """
-    designs = list(dict.fromkeys(truth["design"]))
+    designs = list(dict.fromkeys(lds["design"]))
     looks = dict(zip(designs, [("#0072B2", "o"), ("#56B4E9", "s"), ("#D55E00", "^"), ("#E69F00", "D")], strict=False))
-    means = (
-        truth.groupby(["dataset", "rank", "method", "design"], sort=False)[["lds", "low", "high"]].mean().reset_index()
-    )
-    order = list(means.groupby("method")["lds"].mean().sort_values().index)
-    panels = list(dict.fromkeys(zip(means["dataset"], means["rank"], strict=True)))
+    order = list(lds.groupby("method")["lds"].mean().sort_values().index)
+    panels = list(dict.fromkeys(zip(lds["dataset"], lds["rank"], strict=True)))
     figure, axes = grid_of(panels, width=4.2, height=0.36 * len(order) + 1.3, columns=3, sharey=True, sharex=True)
     for axis, (dataset, rank) in zip(axes, panels, strict=True):
-        some = means[(means["dataset"] == dataset) & (means["rank"] == rank)]
+        some = lds[(lds["dataset"] == dataset) & (lds["rank"] == rank)]
         for shift, design in enumerate(designs):
             rows = some[some["design"] == design]
             if rows.empty:
@@ -84,10 +81,9 @@ def by_task(truth: pd.DataFrame, title: str) -> Figure:
         axis.set_yticklabels([label(method) for method in order])
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
-    seeds, (few, many) = truth["seed"].nunique(), (truth["retrainings"].min(), truth["retrainings"].max())
-    how = f"{few} to {many} retrainings" if few < many else f"{many} retrainings"
-    how += f" of each design; bars: 95% bootstrap interval over queries and subsets; mean of {seeds} seeds"
-    figure.suptitle(f"{title}\n{how.removesuffix('; mean of 1 seeds')}", fontsize=12)
+    seeds = " to ".join(map(str, sorted({lds["seeds"].min(), lds["seeds"].max()})))
+    how = f"at least {lds['retrainings'].min()} retrainings of each design, {seeds} seed{'s' * (seeds != '1')}"
+    figure.suptitle(f"{title}\n{how}; bars: 95% bootstrap interval over queries and subsets", fontsize=12)
     return figure
 
 
@@ -120,11 +116,16 @@ def calibration(
 
 @shown_once
 def ensembles(table: pd.DataFrame, title: str) -> Figure:
-    """LDS against the number of fine-tuned models whose scores are averaged: columns method, members, lds."""
+    """LDS by the number of fine-tuned models whose scores are averaged; columns method, members, lds, low, high."""
     figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for method, rows in table.groupby("method", sort=False):
-        _, colour, marker = METHOD_STYLE.get(method, GREY)
-        axis.plot(rows["members"], rows["lds"], color=colour, marker=marker, label=label(method))
+    methods = list(dict.fromkeys(table["method"]))
+    for place, method in enumerate(methods):
+        rows, (_, colour, marker) = table[table["method"] == method], METHOD_STYLE.get(method, GREY)
+        errors = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["lds"].to_numpy(float))
+        beside = rows["members"] + 0.06 * (place - (len(methods) - 1) / 2)
+        axis.errorbar(
+            beside, rows["lds"], yerr=errors, color=colour, marker=marker, linewidth=1, capsize=2, label=label(method)
+        )
     axis.set(
         xlabel="models averaged over",
         ylabel="LDS (Spearman correlation)",

@@ -11,18 +11,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 # Label, colour (of the colour-blind-safe Okabe-Ito set, ordered so that lightness differs too) and marker.
-METHOD_STYLE = {
-    "hessian_free": ("Hessian-free", "#56B4E9", "s"),
-    "lissa": ("LiSSA", "#E69F00", "^"),
-    "lissa_as_published": ("LiSSA, as published", "#F0E442", "v"),
-    "lissa_scaled": ("LiSSA, scaled", "#CC79A7", "<"),
-    "lissa_scaled(100)": ("LiSSA, scaled (100)", "#7A4069", ">"),
-    "datainf": ("DataInf", "#D55E00", "o"),
-    "exact": ("Exact", "#000000", "D"),
-    "exact@1": ("Exact, damping 1", "#3A3A3A", "d"),
-    "exact@10": ("Exact, damping 10", "#5A5A5A", "H"),
-    "exact_by_inversion": ("Exact, by inversion", "#6F6F6F", "h"),
-    "lissa_forming_H": ("LiSSA, H formed", "#A66F00", "p"),
+BASELINES = {
     "gradient_cosine": ("Gradient cosine", "#0072B2", "*"),
     "hidden_states": ("Hidden states", "#00735A", "8"),
     "bm25": ("BM25", "#8F8F8F", "$B$"),
@@ -35,6 +24,22 @@ METHOD_STYLE = {
     "random": ("Random", "#C8C8C8", "$?$"),
     "prompt_similarity": ("Prompt similarity", "#999999", "X"),
     "picture_similarity": ("Picture similarity", "#009E73", "P"),
+}
+"""What a method is held against; see `evaluation.baselines`."""
+
+METHOD_STYLE = {
+    "hessian_free": ("Hessian-free", "#56B4E9", "s"),
+    "lissa": ("LiSSA", "#E69F00", "^"),
+    "lissa_as_published": ("LiSSA, as published", "#F0E442", "v"),
+    "lissa_scaled": ("LiSSA, scaled", "#CC79A7", "<"),
+    "lissa_scaled(100)": ("LiSSA, scaled (100)", "#7A4069", ">"),
+    "datainf": ("DataInf", "#D55E00", "o"),
+    "exact": ("Exact", "#000000", "D"),
+    "exact@1": ("Exact, damping 1", "#3A3A3A", "d"),
+    "exact@10": ("Exact, damping 10", "#5A5A5A", "H"),
+    "exact_by_inversion": ("Exact, by inversion", "#6F6F6F", "h"),
+    "lissa_forming_H": ("LiSSA, H formed", "#A66F00", "p"),
+    **BASELINES,
 }
 LABELS = {method: label for method, (label, _, _) in METHOD_STYLE.items()}
 GROUP_COLOURS = {"clean": "#0072B2", "mislabeled": "#D55E00"}

@@ -8,6 +8,8 @@ from datainf.study.tables.summaries import (
     distance_gained,
     fine_tuned,
     influential,
+    lds_neighbours,
+    lds_over_seeds,
     leaderboard,
     to_markdown,
 )
@@ -19,6 +21,8 @@ __all__ = [
     "distance_gained",
     "fine_tuned",
     "influential",
+    "lds_neighbours",
+    "lds_over_seeds",
     "leaderboard",
     "claims_of",
     "ours_beside_paper",

@@ -107,6 +107,16 @@ def _mislabeled_rows(detection: pd.DataFrame, paper: pd.Series) -> list[Claim]:
             )
             for method in ("lissa", "exact")
         ),
+        *(
+            (
+                "not in the paper",
+                f"DataInf detects better than {label(baseline)} (AUC)",
+                "",
+                _count(auc.dropna(subset=baseline), "datainf", baseline),
+            )
+            for baseline in ("training_loss", "self_influence", "cleanlab", "cleanlab_cross_validated")
+            if baseline in auc
+        ),
     ]
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 from pandas.io.formats.style import Styler
 
+from datainf.evaluation import counterfactual
 from datainf.study.plotting import confidence_interval, label
 
 
@@ -36,15 +37,55 @@ def fine_tuned(runs: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns={"beats_majority": "runs above majority"}).round(2)
 
 
-def leaderboard(truth: pd.DataFrame) -> pd.DataFrame:
-    """Every method's LDS with its 95% interval, mean over seeds: a row per method, the best on average on top, a column
-    per task, rank and design; in the last row what a perfect predictor would reach."""
-    cells = ["dataset", "rank", "design"]
-    means = truth.groupby(["method", *cells], sort=False)[["lds", "low", "high"]].mean()
+CELL = ["dataset", "rank", "design"]
+
+
+def lds_over_seeds(truth: pd.DataFrame, draws: pd.DataFrame) -> pd.DataFrame:
+    """The mean LDS over the seeds of a task, rank and design, with its 95% interval for these seeds: of their bootstrap
+    draws' means.
+
+    Args:
+        truth: records of the ground truth; `draws` as `results.load_draws` gives them.
+
+    Returns:
+        Columns dataset, rank, design, method, lds, low, high, ceiling, seeds, retrainings (the fewest of a seed); of
+        methods that all these seeds have.
+    """
+    means = truth.groupby([*CELL, "method"], sort=False).agg(
+        lds=("lds", "mean"), ceiling=("ceiling", "mean"), seeds=("seed", "nunique"), retrainings=("retrainings", "min")
+    )
+    limits = _over_seeds(draws).groupby(CELL, sort=False).quantile([0.025, 0.975])
+    limits = limits.rename_axis(columns="method").stack().dropna().unstack(-2).set_axis(["low", "high"], axis=1)
+    return means.join(limits, how="inner").reset_index()
+
+
+def lds_neighbours(draws: pd.DataFrame) -> pd.DataFrame:
+    """Is the order of methods resolved? `counterfactual.neighbours` of the means over seeds, by task, rank and design;
+    ``seeds`` says in how many of them the order is this one."""
+    tables = []
+    for cell, some in _over_seeds(draws).groupby(CELL, sort=False):
+        table = counterfactual.neighbours(some.dropna(axis=1, how="any"))
+        here = draws.set_index(CELL).loc[[cell]].groupby("seed").mean(numeric_only=True)
+        agree = [(here[one] > here[other]).sum() for one, other in zip(table["method"], table["next"], strict=True)]
+        seeds = [f"{count} of {len(here)}" for count in agree]
+        tables.append(table.assign(seeds=seeds, **dict(zip(CELL, cell, strict=True))))
+    return pd.concat(tables, ignore_index=True)[[*CELL, *tables[0].columns.drop(CELL)]]
+
+
+def _over_seeds(draws: pd.DataFrame) -> pd.DataFrame:
+    """Their means; not a number where a method is missing of a seed, beside which it could not be compared in pairs."""
+    seeds = draws.drop(columns="seed").groupby([*CELL, "draw"], sort=False)
+    return seeds.mean().where(seeds.count().eq(seeds.size(), axis=0))
+
+
+def leaderboard(lds: pd.DataFrame) -> pd.DataFrame:
+    """`lds_over_seeds` to be read: a row per method, the best on average on top, a column per task, rank and design; in
+    the last row what a perfect predictor would reach."""
+    means = lds.set_index(["method", *CELL])
     best = means["lds"].groupby("method").mean().sort_values(ascending=False).index
     text = means.apply(lambda row: f"{row['lds']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1)
-    table = text.unstack(cells).reindex(best).rename(label).fillna("")
-    ceilings = truth.groupby(cells, sort=False)["ceiling"].mean()
+    table = text.unstack(CELL).reindex(best).rename(label).fillna("")
+    ceilings = means.groupby(CELL, sort=False)["ceiling"].mean()
     table.loc["a perfect predictor"] = ["1" if pd.isna(value) else f"{value:.2f}" for value in ceilings[table.columns]]
     table.columns = [f"{dataset}, rank {rank}: {design}" for dataset, rank, design in table.columns]
     return table
