@@ -1,5 +1,7 @@
 """What a study will cost, stage by stage, before it is begun: from sizes, and from a probe of some seconds."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,14 +10,17 @@ import torch
 from torch import nn
 
 from datainf import scaling
-from datainf.attribution.influence import check_device, ihvp, scores
-from datainf.attribution.methods import Method, name_of, needs_of, resolve_method
+from datainf.attribution.influence import ihvp, scores
+from datainf.attribution.inputs import check_device
+from datainf.attribution.kronecker import Shape
+from datainf.attribution.methods import Method, name_of, needs_of, resolve_method, takes_shape
 from datainf.gradients.batches import length
 from datainf.gradients.layers import Layers, trainable_layers
 from datainf.gradients.per_sample import LossFn, per_sample_gradients
 from datainf.progress import in_time
 from datainf.storage.memory import Memory, bytes_of, in_words, share_out
 from datainf.storage.rows import BLOCK_BYTES
+from datainf.storage.store import GradientStore, matrix_shape
 
 PROBE_BATCHES = 3
 # The largest layer that is probed; larger ones are scaled up from it.
@@ -83,8 +88,9 @@ def estimate(
     options = {"rows_per_example": rows_per_example, "concatenate": concatenate, "layers": layers, "dtype": dtype}
     batching = {"collate_fn": collate_fn, "batch_size": batch_size, "batch_tokens": batch_tokens}
     parts = rows_per_example if concatenate else 1
-    widths = {name: parts * weight.numel() for name, weight in trainable_layers(model, layers).items()}
-    row_bytes = sum(widths.values()) * dtype.itemsize
+    shapes = [matrix_shape(weight.shape, parts) for weight in trainable_layers(model, layers).values()]
+    widths = [math.prod(shape) for shape in shapes]
+    row_bytes = sum(widths) * dtype.itemsize
     # What is wrong with them is said before anything is probed.
     method, memory = resolve_method(method), None if memory is None else bytes_of(memory)
     check_device(device)
@@ -95,9 +101,9 @@ def estimate(
         per_example = peak = float("nan")
     else:
         per_example, peak = _probe_gradients(model, examples, loss_fn, row_bytes, **options, **batching)
-    held, seconds = _probe_method(method, n, m, widths.values(), device, memory)
-    result = 4 * m * sum(widths.values())
-    scores_hold = 12 * m * n + min(BLOCK_BYTES, 4 * n * max(widths.values()))
+    held, seconds = _probe_method(method, n, m, shapes, device, memory)
+    result = 4 * m * sum(widths)
+    scores_hold = 12 * m * n + min(BLOCK_BYTES, 4 * n * max(widths))
     if memory is not None:
         scores_hold = min(scores_hold, memory)
     stages = {
@@ -130,23 +136,23 @@ def _probe_gradients(
 
 
 def _probe_method(
-    method: Method, n: int, m: int, widths: Sequence[int], device: torch.device | str, memory: int | None
+    method: Method, n: int, m: int, shapes: Sequence[Shape], device: torch.device | str, memory: int | None
 ) -> tuple[int, dict[str, float]]:
     """The most bytes held for a layer, and the seconds of both halves over all layers."""
     seconds, held = {"ihvp": 0.0, "scores": 0.0}, 0
-    for d in set(widths):
-        times = sum(width == d for width in widths)
-        small = (min(n, PROBE_N), min(m, PROBE_M), min(d, PROBE_D))
-        G, V = torch.randn(small[0], small[2], device=device), torch.randn(small[1], small[2], device=device)
-        R = ihvp({"": G}, {"": V}, method)
+    for shape, times in Counter(shapes).items():
+        d, narrow = math.prod(shape), min(*shape, PROBE_D**0.5)
+        small = (min(n, PROBE_N), min(m, PROBE_M), tuple(int(min(side, PROBE_D / narrow)) for side in shape))
+        G, V = (GradientStore({"": torch.randn(rows, *small[2], device=device)}) for rows in small[:2])
+        R = ihvp(G, V, method)
         probes = {
-            "ihvp": (lambda: ihvp({"": G}, {"": V}, method), ihvp_operations),  # noqa: B023
-            "scores": (lambda: scores({"": G}, R), scores_operations),  # noqa: B023
+            "ihvp": (lambda: ihvp(G, V, method), ihvp_operations),  # noqa: B023
+            "scores": (lambda: scores(G, R), scores_operations),  # noqa: B023
         }
         for half, (probe, operations) in probes.items():
             taken, _ = scaling.cost(probe, repeats=2, device=device)
-            seconds[half] += times * taken * operations(method, n, m, d) / operations(method, *small)
-        needs = needs_of(method, n, d, itemsize=4)
+            seconds[half] += times * taken * operations(method, n, m, shape) / operations(method, *small)
+        needs = needs_of(method, n, d, itemsize=4, shape=shape if takes_shape(method) else None)
         what = f"{name_of(method)} on a layer of {d} parameters"
         blocks = share_out(memory, what, needs, kept=4 * m * n, queries=m)
         block = max(needs.smallest_block, min(needs.layer, blocks.block_bytes))
@@ -154,8 +160,9 @@ def _probe_method(
     return held, seconds
 
 
-def ihvp_operations(method: Method, n: int, m: int, d: int) -> float:
+def ihvp_operations(method: Method, n: int, m: int, shape: Shape) -> float:
     """Floating-point operations of R for one layer; of a function that is not of `datainf.METHODS`, as DataInf's."""
+    d, sides = math.prod(shape), sum(shape)
     product, small = 2 * m * n * d, min(n, d)
     iterations = getattr(method, "keywords", {}).get("iterations", 10)
     match name_of(method):
@@ -164,6 +171,11 @@ def ihvp_operations(method: Method, n: int, m: int, d: int) -> float:
         case "exact":
             gram = small**2 * max(n, d)  # half of the full product
             return gram + small**3 / 3 + 2 * m * small**2 + (2 * product if d > n else 0)
+        case "kronecker":
+            # Both means and the rotation of G; two eigendecompositions; the rotation of V, there and back.
+            return 4 * n * d * sides + 9 * sum(side**3 for side in shape) + 4 * m * d * sides
+        case "generalized_fisher":
+            return 2 * n * d * sides + max(shape) ** 3 / 3 + 2 * m * d * max(shape)
         case "lissa" | "lissa_as_published":
             return 2 * iterations * product
         case "lissa_scaled":
@@ -172,6 +184,6 @@ def ihvp_operations(method: Method, n: int, m: int, d: int) -> float:
             return 2 * product
 
 
-def scores_operations(method: Method, n: int, m: int, d: int) -> float:
+def scores_operations(method: Method, n: int, m: int, shape: Shape) -> float:
     """Floating-point operations of R G^T for one layer, whatever the method."""
-    return 2 * m * n * d
+    return 2 * m * n * math.prod(shape)

@@ -6,7 +6,8 @@ examples, V (m, d) those of the m queries, and let
     H = G^T G / n + lam I
 
 be the damped second moment of the gradients, which stands in for the Hessian of a negative log-likelihood
-(Bartlett's second identity). A *method* maps ``(G, V, lam)`` to R (m, d), its approximation of V H^-1: the
+(Bartlett's second identity). H may also be made of other rows than those that are scored, such as the true Fisher's.
+A *method* maps ``(G, V, lam)`` to R (m, d), its approximation of V H^-1: the
 inverse-Hessian-vector products (ihvp) of the queries. The influence of training example k on query j is then
 
     score[j, k] = - sum over layers of  R[j] . G[k]                                (paper Eq. 2)
@@ -28,13 +29,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datainf import processes, progress
+from datainf.attribution.inputs import (
+    check_device,
+    check_finite,
+    check_pair,
+    check_products,
+    layer_rows,
+    shapes_of,
+)
 from datainf.attribution.methods import (
     METHODS,
+    SOLVERS,
     Method,
     check_damping,
     datainf,
     exact,
-    exact_solver,
     hessian_free,
     is_built_in,
     layer_damping,
@@ -73,6 +82,7 @@ def influence(
     method: str | Method = "datainf",
     damping: float = 0.1,
     *,
+    curvature: Mapping[str, Tensor] | None = None,
     device: torch.device | str | None = None,
     memory: Memory = None,
     **options,
@@ -88,8 +98,9 @@ def influence(
         query: the same layers -> query gradients V of shape (m, d_l); ``query.mean()`` gives one query, the mean.
         method: a name in `METHODS` ("lissa_scaled(100)" sets its iterations), or a function ``(G, V, lam) -> R`` of
             shape (m, d_l). The methods of this module read G in blocks; a function of yours is given the whole layer
-            as one Tensor.
+            as one Tensor. One with a parameter ``shape`` is told the layer's (out, in) besides.
         damping: the factor in `layer_damping`.
+        curvature: the same layers -> the rows (n', d_l) that H and its damping are made of; by default `train`.
         device: where to compute; by default where the training gradients are.
         memory: the most bytes to hold on ``device`` at a time, such as "2GB", beside gradients that are in memory
             already. By default gradients are read in blocks of 256 MiB, and nothing else is bounded.
@@ -104,7 +115,7 @@ def influence(
             `damping` that is not positive or not finite, a `device` that is not there, `memory` that is no size or too
             little (says how much is needed).
     """
-    layers = _Layers(train, query, method, damping, device, memory, options)
+    layers = _Layers(train, query, method, damping, device, memory, options, curvature)
     (total,) = layers.zeros((layers.m, layers.n))
     processes.begin("influence")
     for _, G, parts in layers:
@@ -120,6 +131,7 @@ def ihvp(
     method: str | Method = "datainf",
     damping: float = 0.1,
     *,
+    curvature: Mapping[str, Tensor] | None = None,
     device: torch.device | str | None = None,
     memory: Memory = None,
     **options,
@@ -129,7 +141,7 @@ def ihvp(
     For those who time the two halves apart, or who keep R to score training examples that come later with
     `scores`. Arguments and errors as in `influence`. In several processes: of the layers that fall to this one.
     """
-    layers = _Layers(train, query, method, damping, device, memory, options)
+    layers = _Layers(train, query, method, damping, device, memory, options, curvature)
     shapes = [(layers.m, layers.widths[name]) for name in layers.mine]
     found = dict(zip(layers.mine, layers.zeros(*shapes), strict=True))
     for name, _, parts in layers:
@@ -170,6 +182,7 @@ def self_influence(
     method: str | Method = "datainf",
     damping: float = 0.1,
     *,
+    curvature: Mapping[str, Tensor] | None = None,
     device: torch.device | str | None = None,
     memory: Memory = None,
     **options,
@@ -179,7 +192,7 @@ def self_influence(
     Never positive for a positive definite H, since up-weighting an example lowers its own loss; the most negative
     scores belong to the examples that the model fits mostly by themselves. Arguments and errors as in `influence`.
     """
-    layers = _Layers(train, train, method, damping, device, memory, options, in_blocks=True)
+    layers = _Layers(train, train, method, damping, device, memory, options, curvature, in_blocks=True)
     (total,) = layers.zeros((layers.n,))
     processes.begin("self_influence")
     for _, G, parts in layers:
@@ -196,12 +209,16 @@ class _Layers:
     queries at once where `memory` allows it. Whether it allows anything is seen before the first layer is begun.
     """
 
-    def __init__(self, train, query, method, damping, device, memory, options, in_blocks=False):
+    def __init__(self, train, query, method, damping, device, memory, options, curvature=None, in_blocks=False):
         self.method = resolve_method(method, options)
         check_damping(damping)
         check_device(device)
         check_pair(train, query)
+        if curvature is not None:
+            check_pair(train, curvature, "curvature")
         self.train, self.query, self.damping, self.in_blocks = train, query, damping, in_blocks
+        self.curvature = train if curvature is None else curvature
+        self.shapes = shapes_of(self.curvature, self.method)
         self.memory = None if memory is None else bytes_of(memory)
         shapes = {name: layer_rows(train, name).shape for name in train}
         self.widths = {name: d for name, (_, d) in shapes.items()}
@@ -226,16 +243,21 @@ class _Layers:
             scratch.shrink(blocks[name].block_bytes)
             options = {"block_bytes": blocks[name].block_bytes, "scratch": scratch}
             G = layer_rows(self.train, name, self.device, **options)
-            if not is_built_in(self.method):  # which is given all of it, and nobody another copy
-                G = Rows.of(G.tensor())
-            yield name, G, self._parts(name, G, blocks[name].queries)
+            H_rows = G
+            if self.curvature is not self.train:
+                check_finite("training", name, square_norms(G))
+                H_rows = layer_rows(self.curvature, name, self.device, dtype=G.dtype, **options)
+            elif not is_built_in(self.method):  # which is given all of it, and nobody another copy
+                H_rows = G = Rows.of(G.tensor())
+            yield name, G, self._parts(name, H_rows, blocks[name].queries)
             if name == self.mine[0]:
                 share = self.widths[name] / sum(self.widths[mine] for mine in self.mine)
                 progress.say_if_long(f"{what}, {self.n} x {self.m} examples", share, time.monotonic() - began)
 
-    def _parts(self, name: str, G: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
-        rows_of_V = layer_rows(self.query, name, self.device, dtype=G.dtype)
-        solve = solver_of(self.method, name, G, self.damping)
+    def _parts(self, name: str, H_rows: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
+        rows_of_V = layer_rows(self.query, name, self.device, dtype=H_rows.dtype)
+        side = "training" if self.curvature is self.train else "curvature"
+        solve = solver_of(self.method, name, H_rows, self.damping, self.shapes.get(name), side)
         for rows in slices(self.m, queries):
             V = rows_of_V.tensor(rows)
             check_finite("query", name, square_norms(V), rows.start)
@@ -248,100 +270,33 @@ class _Layers:
     def _blocks(self, name: str) -> Blocks:
         d, G = self.widths[name], layer_rows(self.train, name, self.device)
         most = self.m if not self.in_blocks else max(1, BLOCK_BYTES // (d * G.dtype.itemsize))
-        needs = needs_of(self.method, self.n, d, G.dtype.itemsize, at_hand=G.is_at_hand)
+        n = max(self.n, layer_rows(self.curvature, name).shape[0])
+        needs = needs_of(self.method, n, d, G.dtype.itemsize, at_hand=G.is_at_hand, shape=self.shapes.get(name))
         what = f"{name_of(self.method)} on layer {name!r}"
         return share_out(self.memory, what, needs, kept=self._kept, queries=min(self.m, most))
 
 
 def solver_of(
-    method: Method, name: str, G: Rows, damping: float
+    method: Method,
+    name: str,
+    G: Rows,
+    damping: float,
+    shape: tuple[int, int] | None = None,
+    side: str = "training",
 ) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
     """V -> R = method(G, V, lam) for the layer called `name`, after the checks that need the layer's numbers."""
     squares = square_norms(G)
-    check_finite("training", name, squares)
+    check_finite(side, name, squares)
     if not squares.any():
         raise ValueError(
-            f"Every training gradient of layer {name!r} is zero, so its damping is zero and H has no inverse: "
+            f"Every {side} gradient of layer {name!r} is zero, so its damping is zero and H has no inverse: "
             "leave the layer out, or fine-tune first (the gradient of lora_A is zero while lora_B is still zero)."
         )
     lam = layer_damping(G, damping)
     if not 0 < lam < math.inf:
         raise InputError(f"damping={damping:g} gives layer {name!r} the damping {lam:g}: choose one nearer to 0.1.")
-    if method is exact:
-        return exact_solver(G, lam)
+    known = {} if shape is None else {"shape": shape}
+    if is_built_in(method) and method in SOLVERS:
+        return SOLVERS[method](G, lam, **known)
     G = G if is_built_in(method) else G.tensor()
-    return lambda V: method(G, V, lam)
-
-
-def layer_rows(
-    gradients: Mapping[str, Tensor],
-    name: str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **options,
-) -> Rows:
-    """The rows of one layer, in float32 at least; read lazily where the mapping offers it (`GradientStore.rows`)."""
-    rows = gradients.rows(name) if hasattr(gradients, "rows") else Rows.of(gradients[name])
-    dtype = dtype or torch.promote_types(rows.dtype, torch.float32)
-    return rows.to(device=device or rows.device, dtype=dtype, **options)
-
-
-# --- What can be wrong with the input -------------------------------------------------------------------------------
-
-
-def check_device(device: torch.device | str | None) -> None:
-    """Refuse, as an InputError, a device that torch does not find here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f'The device {device!r} cannot be used here: give one such as "cpu" or "cuda".') from error
-
-
-def check_products(train: Mapping[str, Tensor], ihvp: Mapping[str, Tensor]) -> None:
-    """Refuse inverse-Hessian-vector products of layers that the training gradients do not have, or not so wide."""
-    if not train:
-        raise ValueError("There are no layers: the training gradients are an empty mapping.")
-    for name, R in ihvp.items():
-        if name not in train:
-            raise ValueError(f"Layer {name!r} of `ihvp` is missing from the training gradients.")
-        n, d = layer_rows(train, name).shape
-        if R.ndim != 2 or R.shape[1] != d:
-            raise ValueError(f"Layer {name!r} has shape {(n, d)} in train and {tuple(R.shape)} in ihvp: d_l differs.")
-        if n == 0:
-            raise ValueError(f"There are no training examples: layer {name!r} has no rows.")
-
-
-def check_pair(train: Mapping[str, Tensor], query: Mapping[str, Tensor]) -> None:
-    """Refuse gradients that cannot be compared: other layers, other widths, no examples."""
-    if not train:
-        raise ValueError("There are no layers: the training gradients are an empty mapping.")
-    if missing := sorted(set(train) ^ set(query)):
-        name = missing[0]
-        raise ValueError(
-            f"Train and query gradients must be of the same layers, but {len(missing)} are in one alone: "
-            f"layer {name!r} is missing from the {'query' if name in train else 'training'} gradients."
-        )
-    n_of = {}
-    for name in train:
-        shapes = [tuple(layer_rows(side, name).shape) for side in (train, query)]
-        if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != shapes[1][1]:
-            raise ValueError(
-                f"Layer {name!r} has shape {shapes[0]} in train and {shapes[1]} in query; "
-                "both must be (examples, d_l) with the same d_l."
-            )
-        for side, (examples, _) in zip(("training", "query"), shapes, strict=True):
-            if examples == 0:
-                raise ValueError(f"There are no {side} examples: layer {name!r} has no rows.")
-            if n_of.setdefault(side, examples) != examples:
-                raise ValueError(f"Layer {name!r} has {examples} {side} rows where the others have {n_of[side]}.")
-
-
-def check_finite(side: str, name: str, squares: Float[Tensor, " n"], first: int = 0) -> None:
-    """Refuse gradients that are not finite, naming the first such example; `squares` are the squared norms of those
-    from number `first` on."""
-    bad = (~torch.isfinite(squares)).nonzero().flatten()
-    if len(bad):
-        raise ValueError(
-            f"The gradient of {side} example {first + bad[0].item()} in layer {name!r} is not finite "
-            f"({len(bad)} of {len(squares)} examples): look at that example's loss, or drop it."
-        )
+    return lambda V: method(G, V, lam, **known)

@@ -1,6 +1,7 @@
 """The influence methods: functions ``(G, V, lam) -> R`` of one layer, and what the rest of the package asks of them.
 
 What the symbols stand for is said in `attribution.influence`. G is a tensor or a `storage.rows.Rows`, read in blocks.
+Those that take the layer's matrix apart are in `attribution.kronecker`.
 """
 
 import inspect
@@ -14,6 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from datainf.attribution.kronecker import (
+    generalized_fisher,
+    generalized_fisher_solver,
+    kronecker,
+    kronecker_solver,
+)
 from datainf.errors import InputError
 from datainf.storage.memory import Needs
 from datainf.storage.rows import PART, Matrix, double, gram, second_moment, square_norms
@@ -100,8 +107,14 @@ def lissa_as_published(G: Matrix, V: Float[Tensor, "m d"], lam: float, iteration
 
 
 METHODS: dict[str, Method] = {
-    method.__name__: method for method in (hessian_free, datainf, lissa, lissa_scaled, lissa_as_published, exact)
+    method.__name__: method
+    for method in (
+        *(hessian_free, datainf, lissa, lissa_scaled, lissa_as_published, exact),
+        *(kronecker, generalized_fisher),
+    )
 }
+SOLVERS = {exact: exact_solver, kronecker: kronecker_solver, generalized_fisher: generalized_fisher_solver}
+"""Method -> what of it does not depend on V, done once: ``(G, lam) -> (V -> R)``, and the shape where it takes that."""
 
 
 def _factor(A: Float[Tensor, "k k"], shift: float) -> Float[Tensor, "k k"]:
@@ -182,6 +195,12 @@ def resolve_method(method: str | Method, options: Mapping[str, object] | None = 
     return partial(method, **options) if options else method
 
 
+def takes_shape(method: Method) -> bool:
+    """Whether a method is to be told the layer's (out, in), as ``shape``."""
+    parameter = inspect.signature(method).parameters.get("shape")
+    return parameter is not None and parameter.default is parameter.empty
+
+
 def is_built_in(method: Method) -> bool:
     return getattr(method, "func", method) in METHODS.values()
 
@@ -200,16 +219,21 @@ VECTORS = {
     "lissa_scaled": (7, 3),
     "lissa_as_published": (7, 3),
     "exact": (12, 9),
+    "kronecker": (12, 3),
+    "generalized_fisher": (12, 3),
 }
 
 
-def needs_of(method: Method, n: int, d: int, itemsize: int, at_hand: bool = False) -> Needs:
+def needs_of(
+    method: Method, n: int, d: int, itemsize: int, at_hand: bool = False, shape: tuple[int, int] | None = None
+) -> Needs:
     """What `method` holds beside gradients that are in memory already, and what `influence` does with its result.
 
-    Counted in vectors of d and of n numbers for each query; `exact` has them in float64, and its matrix. A function of
-    the user's is taken to hold as many as LiSSA.
+    Counted in vectors of d and of n numbers for each query; those that are solved in float64 have them in that, and
+    their matrices. A function of the user's is taken to hold as many as LiSSA.
 
     Args:
+        shape: of the layer's matrix, for a method that takes it.
         at_hand: whether the layer is in memory in the type and on the device of the computation, so that blocks of it
             take no memory, but for the float64 ones of `exact`.
     """
@@ -219,6 +243,10 @@ def needs_of(method: Method, n: int, d: int, itemsize: int, at_hand: bool = Fals
     # The smallest block is one row, and another while it is read.
     if name == "exact":
         return Needs(fixed + 8 * min(n, d) ** 2, per_query, layer=8 * n * d, smallest_block=2 * 8 * max(n, d))
+    if is_built_in(method) and shape is not None:
+        # Both sides' matrices, their eigenvectors and what LAPACK works with; S and a part of it being added up.
+        matrices = 8 * (6 * sum(size**2 for size in shape) + 4 * d)
+        return Needs(fixed + matrices, per_query, layer=8 * n * d, smallest_block=4 * 8 * d)
     if at_hand:
         return Needs(fixed, per_query, layer=0, smallest_block=0)
     layer, row = itemsize * n * d, itemsize * d

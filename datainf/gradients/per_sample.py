@@ -31,7 +31,7 @@ from datainf.gradients.recording import Recorder
 from datainf.progress import bar, say_if_long
 from datainf.storage.memory import in_words
 from datainf.storage.shards import Shards
-from datainf.storage.store import GradientStore
+from datainf.storage.store import GradientStore, matrix_shape
 
 LossFn = Callable[[nn.Module, Mapping], Tensor]
 """``loss_fn(model, batch) -> Tensor (batch,)``: one loss per example, each depending on its own example alone."""
@@ -105,6 +105,7 @@ def per_sample_gradients(
     say_that_checkpointing_is_off(model)
     parts = rows_per_example if concatenate else 1
     widths = {name: parts * weight.numel() for name, weight in weights.items()}
+    shapes = {name: matrix_shape(weight.shape, parts) for name, weight in weights.items()}
     collate_fn = collate_fn or default_collate
     batching = {"batch_size": batch_size, "batch_tokens": batch_tokens}
     batching["mixed"] = _go_together(dataset, collate_fn)
@@ -127,7 +128,7 @@ def per_sample_gradients(
             about["loss"] += f", {parts} rows side by side"
         sizes = {"shard_rows": shard_examples, "least_rows": batch_size}
         with processes.first_alone():
-            shards = Shards.create(store, n, widths, dtype, identity=about, **sizes)
+            shards = Shards.create(store, n, widths, dtype, identity=about, shapes=shapes, **sizes)
     check_room(n, widths, dtype, shards)
     work = _my_work(n, shards, batches_of)
 
@@ -145,7 +146,7 @@ def per_sample_gradients(
             while (gradients := _taken(differentiate, work, widths, dtype, shards, progress, what)) is None:
                 progress.reset()
     if shards is None:
-        return GradientStore({name: processes.add_up(gradients.pop(name)) for name in widths}, skipped)
+        return GradientStore({name: processes.add_up(gradients.pop(name)) for name in widths}, skipped, shapes)
     processes.wait()
     return GradientStore.load(store)
 
@@ -318,7 +319,8 @@ def reference_gradients(
             for name, weight in weights.items():
                 gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.to_dense()
                 gradients[name].append(gradient.detach().flatten().cpu())
-    return GradientStore({name: torch.stack(rows) for name, rows in gradients.items()})
+    shapes = {name: matrix_shape(weight.shape) for name, weight in weights.items()}
+    return GradientStore({name: torch.stack(rows) for name, rows in gradients.items()}, shapes=shapes)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Shards:
     def __init__(self, folder: Path, manifest: Mapping):
         self.folder, self.manifest = folder, manifest
         self.n, self.widths, self.shard_rows = manifest["n"], manifest["layers"], manifest["shard_rows"]
+        self.shapes = {name: tuple(shape) for name, shape in manifest.get("shapes", {}).items()}
         self.dtype = getattr(torch, manifest["dtype"])
         self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
         self._headers: dict[int, tuple[int, dict]] = {}
@@ -70,10 +71,12 @@ class Shards:
         shard_rows: int | None = None,
         least_rows: int = 1,
         identity: Mapping[str, str] | None = None,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
     ) -> "Shards":
         """Begin a store in `folder`, or go on with the one that is there if it is of the same gradients.
 
-        `identity` says what the gradients are of (the model, the data, the loss), in short strings. A shard has
+        `identity` says what the gradients are of (the model, the data, the loss), in short strings; `shapes` what
+        matrix each layer's d_l numbers make up, as `GradientStore.shapes`. A shard has
         `shard_rows` examples; if none are given, as many as the shards that are there, or as make up `shard_bytes`, but
         not fewer than `least_rows`. A store in which no shard was written yet is begun anew.
 
@@ -86,6 +89,7 @@ class Shards:
             "format": FORMAT,
             "n": n,
             "layers": dict(widths),
+            "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
             "dtype": str(dtype).removeprefix("torch."),
             "shard_rows": min(n, shard_rows or max(1, least_rows, shard_bytes // row_bytes)),
             "identity": dict(identity or {}),
@@ -95,7 +99,8 @@ class Shards:
             found = cls.open(folder).manifest
             if shard_rows is None:
                 manifest["shard_rows"] = found["shard_rows"]
-            before, now = ({**facts, **facts["identity"], "identity": None} for facts in (found, manifest))
+            # Of the shapes an earlier version said nothing; the widths are compared.
+            before, now = ({**facts, **facts["identity"], "identity": 0, "shapes": 0} for facts in (found, manifest))
             differs = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             if differs:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Per-sample gradients of n examples, in memory or on disk: `GradientStore`. What lies on disk are its `shards`."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,16 @@ class GradientStore(Mapping[str, Tensor]):
 
     Attributes:
         skipped: the numbers of the examples that were left out of the dataset, and have no row.
+        shapes: layer name -> (out, in), the matrix that its d_l numbers make up row by row, where that is known. In
+            memory a layer may be given in its shape, (n, out, in).
     """
 
-    def __init__(self, layers: Mapping[str, Tensor], skipped: Sequence[int] = ()):
+    def __init__(
+        self,
+        layers: Mapping[str, Tensor],
+        skipped: Sequence[int] = (),
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+    ):
         lengths = {len(gradients) for gradients in layers.values()}
         if not layers or 0 in lengths:
             raise ValueError(f"A store holds one {'example' if layers else 'layer'} at least; there is none.")
@@ -30,6 +38,8 @@ class GradientStore(Mapping[str, Tensor]):
             raise ValueError(f"All layers of a store must have the same number of rows, not {sorted(lengths)}.")
         self._layers = dict(layers)
         self._widths = {name: gradients[0].numel() for name, gradients in layers.items()}
+        self.shapes = {name: matrix_shape(each.shape[1:]) for name, each in layers.items() if each.dim() > 2}
+        self.shapes |= shapes or {}
         self.n = lengths.pop()
         self.dtype = next(iter(layers.values())).dtype
         self.folder: Path | None = None
@@ -57,6 +67,7 @@ class GradientStore(Mapping[str, Tensor]):
         store = cls.__new__(cls)
         store._layers, store._widths = None, shards.widths
         store.n, store.dtype, store.folder, store._shards = shards.n, shards.dtype, folder, shards
+        store.shapes = shards.shapes
         store.skipped = tuple(map(int, filter(None, shards.manifest["identity"].get("skipped", "").split(", "))))
         return store
 
@@ -69,7 +80,8 @@ class GradientStore(Mapping[str, Tensor]):
         if (place(folder) / MANIFEST).exists() and not Shards.open(folder).missing():
             raise FileExistsError(f"{folder} holds a gradient store already: choose another folder or delete it.")
         about = {"skipped": ", ".join(map(str, self.skipped))}
-        shards = Shards.create(folder, self.n, self._widths, self.dtype, shard_bytes=shard_bytes, identity=about)
+        options = {"shard_bytes": shard_bytes, "identity": about, "shapes": self.shapes}
+        shards = Shards.create(folder, self.n, self._widths, self.dtype, **options)
         for index in shards.missing():
             shards.write(index, {name: self.rows(name).tensor(slice(*shards.bounds(index))) for name in self})
         return self.load(folder)
@@ -92,7 +104,7 @@ class GradientStore(Mapping[str, Tensor]):
 
     def mean(self) -> "GradientStore":
         """The mean gradient of every layer, as a store of one example: the gradient of the mean loss."""
-        return GradientStore({name: self._mean_of(self.rows(name)) for name in self})
+        return GradientStore({name: self._mean_of(self.rows(name)) for name in self}, shapes=self.shapes)
 
     def _mean_of(self, G: Rows) -> Tensor:
         """Of a layer's rows, shape (1, d_l)."""
@@ -124,3 +136,8 @@ class GradientStore(Mapping[str, Tensor]):
         where = f"in folder {self.folder.name}" if self.folder else "in memory"
         size = f"{self.n} examples, {len(self)} layers, {sum(self._widths.values()):,} parameters"
         return f"GradientStore({size}, {self.nbytes / 2**20:.1f} MiB {where})"
+
+
+def matrix_shape(shape: Sequence[int], parts: int = 1) -> tuple[int, int]:
+    """(out, in) of a weight of any shape: its first dimension and all others; `parts` of them one under the other."""
+    return parts * shape[0], math.prod(shape[1:])

@@ -1,6 +1,7 @@
 """Every method against a dense float64 inverse or a literal loop over its equation."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 
 import datainf
 from datainf import scaling
-from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled
+from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled, takes_shape
 from datainf.errors import InputError
 from datainf.storage.rows import Rows, double_on, gram, second_moment
 
 WIDE, TALL = (9, 40), (60, 12)  # (n, d): d > n takes exact's dual system, d <= n its primal one
+SHAPES = {40: (4, 10), 12: (4, 3), 7: (1, 7), 30: (5, 6), 5: (5, 1), 21: (3, 7)}  # d -> the matrix that it is of
 
 
 def gradients(n: int, d: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
@@ -52,9 +54,32 @@ def oracle(method: str, G: torch.Tensor, V: torch.Tensor, lam: float) -> torch.T
         if method == "lissa_scaled":
             step = 1 / (largest_eigenvalue(G) + lam)
             return step * iterate(step * H, v)
+        if method == "kronecker":
+            out, width = SHAPES[d]
+            matrices = [g.view(out, width) for g in G]
+            U = torch.linalg.eigh(sum(g @ g.T for g in matrices)).eigenvectors
+            W = torch.linalg.eigh(sum(g.T @ g for g in matrices)).eigenvectors
+            basis = torch.kron(U, W)  # whose columns are vectors of d
+            return basis @ torch.diag(1 / (torch.diag(basis.T @ (H - lam * identity) @ basis) + lam)) @ basis.T @ v
+        if method == "generalized_fisher":
+            out, width = SHAPES[d]
+            matrices = [g.view(out, width) for g in G]
+            if width >= out:
+                F = sum(g.T @ g for g in matrices) / (n * out)
+                shared = torch.kron(torch.eye(out, dtype=G.dtype), F)
+            else:
+                F = sum(g @ g.T for g in matrices) / (n * width)
+                shared = torch.kron(F, torch.eye(width, dtype=G.dtype))
+            return torch.linalg.inv(shared + lam * identity) @ v
         raise AssertionError(method)
 
     return torch.stack([solve(v) for v in V])
+
+
+def of_layer(method: str, d: int):
+    """The method as a function of G, V and lam alone."""
+    function = METHODS[method]
+    return partial(function, shape=SHAPES[d]) if takes_shape(function) else function
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -66,7 +91,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_method_equals_its_definition(method, shape):
     G, V = gradients(*shape), gradients(5, shape[1], seed=1)
     lam = layer_damping(G)
-    assert relative_error(METHODS[method](G, V, lam), oracle(method, G, V, lam)) <= 1e-10
+    assert relative_error(of_layer(method, shape[1])(G, V, lam), oracle(method, G, V, lam)) <= 1e-10
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL])
@@ -74,9 +99,10 @@ def test_method_equals_its_definition(method, shape):
 def test_float32_gradients_stay_close_to_float64(method, shape):
     G, V = gradients(*shape), gradients(5, shape[1], seed=1)
     lam = layer_damping(G)
-    found = METHODS[method](G.float(), V.float(), lam)
+    function = of_layer(method, shape[1])
+    found = function(G.float(), V.float(), lam)
     assert found.dtype == torch.float32
-    assert relative_error(found.double(), METHODS[method](G, V, lam)) <= 2e-5
+    assert relative_error(found.double(), function(G, V, lam)) <= 2e-5
 
 
 def test_exact_in_float32_survives_bad_conditioning():
@@ -135,11 +161,17 @@ def test_largest_eigenvalue(shape):
     assert 0.95 * top <= largest_eigenvalue(G) <= top * (1 + 1e-12)
 
 
+class Layers(dict):
+    """Gradients that know of which matrices they are."""
+
+    shapes = {"a": SHAPES[40], "b": SHAPES[5], "c": SHAPES[21]}
+
+
 def pair(n=9, m=4, dtype=torch.float64):
     widths = {"a": 40, "b": 5, "c": 21}
     train = {name: gradients(n, d, seed=index, dtype=dtype) for index, (name, d) in enumerate(widths.items())}
     query = {name: gradients(m, d, seed=10 + index, dtype=dtype) for index, (name, d) in enumerate(widths.items())}
-    return train, query
+    return Layers(train), Layers(query)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,7 +203,7 @@ def test_positive_means_harmful():
         assert scores[0, 0] < 0 < scores[0, 1]
 
 
-class Streamed(dict):
+class Streamed(Layers):
     """Gradients that are read, as those on disk are: a block is held in memory of its own."""
 
     def rows(self, name):
@@ -206,7 +238,9 @@ def test_memory_bounds_the_tensors_and_not_the_result(method, more):
 def test_memory_bounds_what_a_store_on_disk_takes(method, dtype, tmp_path):
     sides = []
     for name, side in zip(("train", "query"), pair(n=24, m=8, dtype=dtype), strict=True):
-        sides.append(datainf.GradientStore(side).save(tmp_path / name, shard_bytes=16 * 66 * dtype.itemsize))
+        sides.append(
+            datainf.GradientStore(side, shapes=side.shapes).save(tmp_path / name, shard_bytes=16 * 66 * dtype.itemsize)
+        )
     whole = datainf.influence(*sides, method=method)
     least = least_memory(*sides, method)
     for memory in (least, 2 * least):
@@ -263,7 +297,7 @@ def test_rows_product_shapes():
 def test_permuting_examples_permutes_scores(method):
     train, query = pair()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
-    permuted = datainf.influence({name: G[order] for name, G in train.items()}, query, method=method)
+    permuted = datainf.influence(Layers({name: G[order] for name, G in train.items()}), query, method=method)
     torch.testing.assert_close(permuted, datainf.influence(train, query, method=method)[:, order])
 
 
@@ -294,6 +328,78 @@ def test_a_function_is_a_method():
     ours = datainf.influence(train, query, method=scaled, power=2)
     expected = -sum(query[name] @ G.T / layer_damping(G) ** 2 for name, G in train.items())
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_h_may_be_of_other_rows(method):
+    """With the rows of `curvature`, H and the damping are theirs; with the training rows themselves nothing changes."""
+    train, query = pair()
+    other = Layers({name: 2 * gradients(13, G.shape[1], seed=20) for name, G in train.items()})
+    found = datainf.influence(train, query, method=method, curvature=other)
+    expected = torch.zeros(4, 9, dtype=torch.float64)
+    for name, C in other.items():
+        expected -= oracle(method, C, query[name], layer_damping(C)) @ train[name].T
+    assert relative_error(found, expected) <= 1e-10
+    R = datainf.ihvp(train, query, method=method, curvature=other)
+    torch.testing.assert_close(datainf.scores(train, R), found)
+    same = Layers({name: G.clone() for name, G in train.items()})
+    torch.testing.assert_close(
+        datainf.influence(train, query, method=method, curvature=same), datainf.influence(train, query, method=method)
+    )
+    streamed = (Streamed(side) for side in (train, query))
+    torch.testing.assert_close(datainf.influence(*streamed, method=method, curvature=Streamed(other)), found)
+    of_own = datainf.self_influence(train, method=method, curvature=other)
+    torch.testing.assert_close(of_own, datainf.influence(train, train, method=method, curvature=other).diagonal())
+
+
+def test_what_makes_h_is_looked_at():
+    train, query = pair()
+    few = Layers({name: G for name, G in train.items() if name != "b"})
+    with pytest.raises(ValueError, match="layer 'b' is missing from the curvature gradients"):
+        datainf.influence(train, query, curvature=few)
+    spoiled = Layers(train)
+    spoil(spoiled, "b", 6, float("nan"))
+    with pytest.raises(ValueError, match="The gradient of curvature example 6 in layer 'b' is not finite"):
+        datainf.influence(train, query, curvature=spoiled)
+    with pytest.raises(ValueError, match="The gradient of training example 6 in layer 'b' is not finite"):
+        datainf.influence(spoiled, query, curvature=train)
+
+
+@pytest.mark.parametrize("method", ["kronecker", "generalized_fisher"])
+def test_a_matrix_whose_shape_nobody_knows_is_refused(method):
+    train, query = pair()
+    with pytest.raises(InputError, match=f"{method} must know which matrix layer 'a' is of: give a GradientStore"):
+        datainf.influence(dict(train), query, method=method)
+
+
+def test_kronecker_is_exact_for_vectors():
+    """Of a matrix of one row the two sides' eigenvectors are H's own."""
+    G, V = gradients(*TALL), gradients(3, 12, seed=1)
+    lam = layer_damping(G)
+    for shape in ((1, 12), (12, 1)):
+        assert relative_error(METHODS["kronecker"](G, V, lam, shape=shape), exact(G, V, lam)) <= 1e-10
+
+
+def test_kronecker_is_exact_for_gradients_of_independent_sides():
+    """H is a Kronecker product where both sides of all gradients vary independently, here in all combinations."""
+    left, right = gradients(6, 4), gradients(8, 5, seed=1)
+    G = torch.einsum("ao,bi->aboi", left, right).reshape(48, 20)
+    V, lam = gradients(3, 20, seed=2), 0.01
+    assert relative_error(METHODS["kronecker"](G, V, lam, shape=(4, 5)), exact(G, V, lam)) <= 1e-10
+    some = G[[0, 9, 18, 27, 36, 45, 5]]
+    assert relative_error(METHODS["kronecker"](some, V, lam, shape=(4, 5)), exact(some, V, lam)) > 1e-2
+
+
+def test_a_function_that_takes_the_shape_is_told_it():
+    train, query = pair()
+    seen = []
+
+    def own(G, V, lam, shape):
+        seen.append((G.shape[1], shape))
+        return V
+
+    datainf.influence(train, query, method=own)
+    assert seen == [(40, (4, 10)), (5, (5, 1)), (21, (3, 7))]
 
 
 def test_options_reach_the_method():

@@ -41,6 +41,18 @@ def test_which_layers_there_are(make_model):
     assert not any("bias" in name or "original_module" in name for name in names)
 
 
+def test_each_layer_has_the_shape_of_its_matrix(make_model, token_examples, pad_collate, tmp_path):
+    model = make_model("roberta")
+    arguments = (model, token_examples[:4], classification)
+    store = datainf.per_sample_gradients(*arguments, collate_fn=pad_collate, store=tmp_path)
+    expected = {name: tuple(weight.shape) for name, weight in trainable_layers(model).items()}
+    assert store.shapes == datainf.reference_gradients(*arguments, collate_fn=pad_collate).shapes == expected
+    convolution = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2, bias=False), torch.nn.Flatten(), torch.nn.LayerNorm(16))
+    pictures = [torch.randn(3, 3, 3) for _ in range(4)]
+    own = lambda model, batch: model(batch).square().sum(dim=1)  # noqa: E731
+    assert datainf.per_sample_gradients(convolution, pictures, own).shapes == {"0.weight": (4, 12), "2.weight": (16, 1)}
+
+
 def test_grouped_query_attention_keeps_its_own_widths(make_model, token_examples, pad_collate):
     store = datainf.per_sample_gradients(make_model("llama"), token_examples, classification, collate_fn=pad_collate)
     width = {name.split("self_attn.")[-1]: G.shape[1] for name, G in store.items() if "layers.0" in name}

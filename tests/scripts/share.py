@@ -17,7 +17,7 @@ from datainf import processes, progress
 from datainf.models.losses import classification
 from datainf.storage.store import GradientStore
 
-METHODS = ("hessian_free", "datainf", "exact", "lissa_scaled")
+METHODS = ("hessian_free", "datainf", "exact", "lissa_scaled", "kronecker")
 
 
 def extraction(counts: list[int]) -> Callable[..., GradientStore]:
@@ -56,7 +56,7 @@ def work(folder: Path) -> None:
 
     query = {name: G[-3:] for name, G in train.items()}
     name = next(iter(train))
-    one, of_one = {name: train[name]}, {name: query[name]}
+    one, of_one = GradientStore({name: train[name]}, shapes=train.shapes), {name: query[name]}
     layers = set()
     for method in METHODS:
         found[method] = datainf.influence(train, query, method)

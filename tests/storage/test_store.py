@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import datainf
-from datainf.attribution.influence import layer_rows
+from datainf.attribution.inputs import layer_rows
 from datainf.errors import InputError
 from datainf.models.losses import classification
 from datainf.storage import files
@@ -26,7 +26,8 @@ from datainf.storage.store import GradientStore
 
 def example_store(n=10) -> GradientStore:
     generator = torch.Generator().manual_seed(0)
-    return GradientStore({"a": torch.randn(n, 6, generator=generator), "b": torch.randn(n, 3, generator=generator)})
+    layers = {"a": torch.randn(n, 6, generator=generator), "b": torch.randn(n, 3, generator=generator)}
+    return GradientStore(layers, shapes={"a": (2, 3), "b": (3, 1)})
 
 
 def equal(left, right):
@@ -42,7 +43,26 @@ def test_saved_and_loaded(tmp_path, shard_bytes):
         assert equal(other, store)
         assert other.n == 10 and other.dtype == torch.float32 and other.nbytes == store.nbytes
         assert equal(other.mean(), store.mean())
+        assert other.shapes == other.mean().shapes == {"a": (2, 3), "b": (3, 1)}
         assert torch.equal(other.rows("a").tensor(slice(2, 9)), store["a"][2:9])
+
+
+def test_a_layer_may_be_given_in_its_shape(tmp_path):
+    store = GradientStore({"a": torch.randn(4, 2, 3, 5), "b": torch.randn(4, 6)}).save(tmp_path)
+    assert store.shapes == {"a": (2, 15)} and store["a"].shape == (4, 30)
+
+
+def test_a_store_of_an_earlier_version_is_gone_on_with(tmp_path):
+    """Its manifest says nothing of shapes."""
+    widths, shapes = {"a": 6}, {"a": (2, 3)}
+    shards = Shards.create(tmp_path, 4, widths, torch.float32, shard_rows=2, shapes=shapes)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({name: value for name, value in shards.manifest.items() if name != "shapes"}))
+    Shards.open(tmp_path).write(0, {"a": torch.ones(2, 6)})
+    again = Shards.create(tmp_path, 4, widths, torch.float32, shard_rows=2, shapes=shapes)
+    assert again.missing() == [1] and again.shapes == {}
+    again.write(1, {"a": torch.ones(2, 6)})
+    assert GradientStore.load(tmp_path).n == 4
 
 
 def test_mean(tmp_path):

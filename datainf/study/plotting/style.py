@@ -37,6 +37,8 @@ METHOD_STYLE = {
     "exact": ("Exact", "#000000", "D"),
     "exact@1": ("Exact, damping 1", "#3A3A3A", "d"),
     "exact@10": ("Exact, damping 10", "#5A5A5A", "H"),
+    "kronecker": ("Kronecker", "#117733", "$K$"),
+    "generalized_fisher": ("Generalized Fisher", "#44AA99", "$F$"),
     "exact_by_inversion": ("Exact, by inversion", "#6F6F6F", "h"),
     "lissa_forming_H": ("LiSSA, H formed", "#A66F00", "p"),
     **BASELINES,

@@ -1,0 +1,91 @@
+"""Methods that know a layer's d_l parameters as a matrix (out, in), and H as a product of what acts on its two sides.
+
+They are functions ``(G, V, lam, shape) -> R`` of one layer, as those of `attribution.methods`, in float64 throughout.
+Row i of G is the gradient G_i (out, in), row by row.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from datainf.storage.rows import PART, Matrix, Rows, double, slices
+
+Shape = tuple[int, int]
+Solver = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]
+
+
+def kronecker(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Shape) -> Float[Tensor, "m d"]:
+    """H with the eigenvectors of a Kronecker product: eigenvalue-corrected Shampoo, from the stored gradients.
+
+    The columns of U and W are the eigenvectors of the means of G_i G_i^T and of G_i^T G_i. In the basis of their
+    products H is taken to be diagonal, with the mean of (U^T G_i W)^2 as its entries S, which no other diagonal comes
+    nearer with (George et al., 2018):
+
+        R = U ((U^T V W) / (S + lam)) W^T
+
+    Exact where H is diagonal in that basis, as for any G of shape (n, 1, d) or (n, d, 1).
+    """
+    return kronecker_solver(G, lam, shape)(V)
+
+
+def kronecker_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
+    """`kronecker` as a function of V alone."""
+    G64 = double(G)
+    left, right = (torch.linalg.eigh(side).eigenvectors for side in _mean_squares(G64, shape))
+    S = sum((left.T @ part @ right).square().sum(dim=0) for part in _matrices(G64, shape)) / len(G)
+
+    def solve(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        rotated = left.T @ double(V).view(-1, *shape) @ right
+        return (left @ rotated.div_(S + lam) @ right.T).flatten(1).to(V.dtype).to(V.device)
+
+    return solve
+
+
+def generalized_fisher(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Shape) -> Float[Tensor, "m d"]:
+    """H that acts alike on all rows of the matrix: HyperINF's generalized Fisher information, solved exactly.
+
+    With F = the mean of G_i^T G_i over the examples and the `out` rows, R = V (F + lam I)^-1; where out > in, the same
+    of the transposed matrices. (HyperINF (Zhou et al., 2024) adds the rows up instead, which is another damping, and
+    inverts by an iteration.)
+    """
+    return generalized_fisher_solver(G, lam, shape)(V)
+
+
+def generalized_fisher_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
+    """`generalized_fisher` as a function of V alone."""
+    out, width = shape
+    left, right = _mean_squares(double(G), shape)
+    F = (right / out if width >= out else left / width).add_(
+        lam * torch.eye(max(shape), dtype=left.dtype, device=left.device)
+    )
+    factor = torch.linalg.cholesky(F)
+
+    def solve(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        V64 = double(V).view(-1, *shape)
+        if width >= out:
+            R = torch.cholesky_solve(V64.mT, factor).mT
+        else:
+            R = torch.cholesky_solve(V64, factor)
+        return R.flatten(1).to(V.dtype).to(V.device)
+
+    return solve
+
+
+def _mean_squares(G: Matrix, shape: Shape) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
+    """The means of G_i G_i^T and of G_i^T G_i."""
+    left, right = (torch.zeros(size, size, dtype=G.dtype, device=G.device) for size in shape)
+    for part in _matrices(G, shape):
+        rows = part.transpose(0, 1).flatten(1)  # (out, examples * in)
+        left.addmm_(rows, rows.T)
+        rows = part.flatten(0, 1)
+        right.addmm_(rows.T, rows)
+    return left / len(G), right / len(G)
+
+
+def _matrices(G: Matrix, shape: Shape) -> Iterator[Float[Tensor, "k out in"]]:
+    """The gradients as matrices, a few at a time, so that what is made of them takes little beside a block."""
+    for _, block in (G if isinstance(G, Rows) else Rows.of(G)).blocks():
+        for rows in slices(len(block), max(1, int(len(block) * PART / 4))):
+            yield block[rows].reshape(-1, *shape)
