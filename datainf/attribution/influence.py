@@ -30,6 +30,7 @@ from torch import Tensor
 
 from datainf import processes, progress
 from datainf.attribution.inputs import (
+    OneLayer,
     check_device,
     check_finite,
     check_pair,
@@ -98,7 +99,8 @@ def influence(
         query: the same layers -> query gradients V of shape (m, d_l); ``query.mean()`` gives one query, the mean.
         method: a name in `METHODS` ("lissa_scaled(100)" sets its iterations), or a function ``(G, V, lam) -> R`` of
             shape (m, d_l). The methods of this module read G in blocks; a function of yours is given the whole layer
-            as one Tensor. One with a parameter ``shape`` is told the layer's (out, in) besides.
+            as one Tensor. One with a parameter ``shape`` is told the layer's (out, in) besides. Two names take all
+            layers together: "joint" is exact with one H for all, "cosine" the cosine of the whole gradients, negated.
         damping: the factor in `layer_damping`.
         curvature: the same layers -> the rows (n', d_l) that H and its damping are made of; by default `train`.
         device: where to compute; by default where the training gradients are.
@@ -115,6 +117,12 @@ def influence(
             `damping` that is not positive or not finite, a `device` that is not there, `memory` that is no size or too
             little (says how much is needed).
     """
+    if method == "cosine":
+        return _cosine(train, query, device=device, memory=memory)
+    if method == "joint":
+        check_pair(train, query)
+        train, query, curvature = _as_one_layer(train, query, curvature)
+        method = exact
     layers = _Layers(train, query, method, damping, device, memory, options, curvature)
     (total,) = layers.zeros((layers.m, layers.n))
     processes.begin("influence")
@@ -192,6 +200,9 @@ def self_influence(
     Never positive for a positive definite H, since up-weighting an example lowers its own loss; the most negative
     scores belong to the examples that the model fits mostly by themselves. Arguments and errors as in `influence`.
     """
+    if method == "joint":
+        train, curvature = _as_one_layer(train, curvature)
+        method = exact
     layers = _Layers(train, train, method, damping, device, memory, options, curvature, in_blocks=True)
     (total,) = layers.zeros((layers.n,))
     processes.begin("self_influence")
@@ -200,6 +211,18 @@ def self_influence(
             total[rows] -= (R * G.tensor(rows)).sum(dim=1)
         del R  # before the next layer's
     return processes.add_up(total)
+
+
+def _as_one_layer(*sides: Mapping[str, Tensor] | None) -> list[Mapping[str, Tensor] | None]:
+    """What `joint` is `exact` of: H as one block of all D parameters, with a damping by its mean eigenvalue."""
+    return [None if side is None else OneLayer(side) for side in sides]
+
+
+def _cosine(train: Mapping[str, Tensor], query: Mapping[str, Tensor], **where) -> Float[Tensor, "m n"]:
+    """The cosine of the whole gradients, all layers together, with the sign of an influence."""
+    products = influence(train, query, hessian_free, **where)
+    norms = [sum(layer_rows(side, name).square_norms for name in side).sqrt().to(products) for side in (query, train)]
+    return products / torch.outer(*norms).clamp(min=torch.finfo(products.dtype).tiny)
 
 
 class _Layers:

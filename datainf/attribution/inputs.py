@@ -1,6 +1,6 @@
 """The gradients that scores are made of: their layers' rows, and what can be wrong with them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,30 @@ def layer_rows(
     rows = gradients.rows(name) if hasattr(gradients, "rows") else Rows.of(gradients[name])
     dtype = dtype or torch.promote_types(rows.dtype, torch.float32)
     return rows.to(device=device or rows.device, dtype=dtype, **options)
+
+
+class OneLayer(Mapping[str, Tensor]):
+    """All layers of some gradients side by side, as one layer of D parameters, read in blocks."""
+
+    NAME = "all layers"
+
+    def __init__(self, gradients: Mapping[str, Tensor]):
+        self._rows = Rows.beside([layer_rows(gradients, name) for name in gradients])
+
+    def rows(self, name: str) -> Rows:
+        """The lazy (n, D) matrix."""
+        return self._rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name != self.NAME:
+            raise KeyError(name)
+        return self._rows.tensor()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([self.NAME])
+
+    def __len__(self) -> int:
+        return 1
 
 
 def shapes_of(gradients: Mapping[str, Tensor], method: Method) -> dict[str, Shape]:

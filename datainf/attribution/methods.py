@@ -113,6 +113,9 @@ METHODS: dict[str, Method] = {
         *(kronecker, generalized_fisher),
     )
 }
+OF_ALL_LAYERS = ("joint", "cosine")
+"""Names of what `influence` does with all layers together."""
+
 SOLVERS = {exact: exact_solver, kronecker: kronecker_solver, generalized_fisher: generalized_fisher_solver}
 """Method -> what of it does not depend on V, done once: ``(G, lam) -> (V -> R)``, and the shape where it takes that."""
 
@@ -179,9 +182,13 @@ def resolve_method(method: str | Method, options: Mapping[str, object] | None = 
     """
     options = dict(options or {})
     if isinstance(method, str):
+        if method in OF_ALL_LAYERS:
+            raise InputError(f"{method} takes all layers together and gives no R of a layer: use influence.")
         name, iterations = re.fullmatch(r"(\w*)(?:\((\d+)\))?|.*", method, re.DOTALL).groups()
         if name not in METHODS:
-            raise InputError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}, or give a function.")
+            raise InputError(
+                f"Unknown method {method!r}: choose one of {', '.join([*METHODS, *OF_ALL_LAYERS])}, or give a function."
+            )
         method = METHODS[name]
         options |= {"iterations": int(iterations)} if iterations else {}
     taken = inspect.signature(method).parameters

@@ -15,7 +15,6 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 import datainf.attribution.influence as attribution
-from datainf.attribution.methods import hessian_free
 from datainf.evaluation import metrics
 from datainf.models.forward import of_each
 from datainf.models.lora import FineTuned, retrain
@@ -47,11 +46,7 @@ def self_influence(train: Mapping[str, Tensor], method: str = "datainf", damping
 
 def gradient_cosine(train: Mapping[str, Tensor], query: Mapping[str, Tensor], **where) -> Scores:
     """The cosine of the whole gradients, all layers together, negated; `where` as of `self_influence`."""
-    products = attribution.influence(train, query, hessian_free, **where).double().cpu().numpy()
-    norms = [
-        np.sqrt(sum(side[name].double().square().sum(dim=1).cpu().numpy() for name in side)) for side in (query, train)
-    ]
-    return products / np.maximum(norms[0][:, None] * norms[1], 1e-300)
+    return attribution.influence(train, query, "cosine", **where).double().cpu().numpy()
 
 
 def mean_hidden_state(model: nn.Module, batch: Mapping) -> Float[Tensor, "batch width"]:

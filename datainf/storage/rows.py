@@ -5,8 +5,9 @@ The influence methods are written as matrix equations in G of shape (n, d). `Row
 so the same line of code reads as its equation for a tensor in memory and for a layer that lives on disk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -93,6 +94,23 @@ class Rows:
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
         fill = lambda out, rows, columns: convert(tensor[rows, columns], out)  # noqa: E731
         return cls(fill, tuple(tensor.shape), whole=tensor, **options)
+
+    @classmethod
+    def beside(cls, parts: Sequence["Rows"]) -> "Rows":
+        """The same examples' rows of several matrices side by side, shape (n, the sum of their d)."""
+        first = parts[0]
+        edges = list(accumulate((part.shape[1] for part in parts), initial=0))
+
+        def fill(out: Tensor, rows: slice, columns: slice) -> None:
+            start, stop, _ = columns.indices(edges[-1])
+            for part, left, right in zip(parts, edges, edges[1:], strict=False):
+                here = slice(max(start, left), min(stop, right))
+                if here.start < here.stop:
+                    place = out[:, here.start - start : here.stop - start]
+                    part.fill(place, rows, slice(here.start - left, here.stop - left))
+
+        squares = sum(part.square_norms for part in parts)
+        return cls(fill, (len(first), edges[-1]), device=first.device, dtype=first.dtype, square_norms=squares)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -390,6 +390,43 @@ def test_kronecker_is_exact_for_gradients_of_independent_sides():
     assert relative_error(METHODS["kronecker"](some, V, lam, shape=(4, 5)), exact(some, V, lam)) > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["in memory", "streamed", "bounded"])
+@pytest.mark.parametrize("other", [False, True])
+def test_joint_is_exact_with_one_h_for_all_layers(kind, other):
+    train, query = pair()
+    curvature = Layers({name: 2 * gradients(13, G.shape[1], seed=20) for name, G in train.items()}) if other else None
+    G, V, C = (torch.cat(list(side.values()), dim=1) for side in (train, query, curvature or train))
+    lam = layer_damping(C)
+    expected = -oracle("exact", C, V, lam) @ G.T
+    sides = [train, query, curvature]
+    if kind != "in memory":
+        sides = [side and Streamed(side) for side in sides]
+    memory = {"memory": 40_000} if kind == "bounded" else {}
+    found = datainf.influence(*sides[:2], method="joint", curvature=sides[2], **memory)
+    assert relative_error(found, expected) <= 1e-10
+    of_itself = datainf.self_influence(sides[0], method="joint", curvature=sides[2])
+    torch.testing.assert_close(of_itself, -(oracle("exact", C, G, lam) * G).sum(dim=1))
+
+
+def test_what_takes_all_layers_together_has_no_r_of_a_layer():
+    train, query = pair()
+    for method in ("joint", "cosine"):
+        with pytest.raises(InputError, match=f"{method} takes all layers together and gives no R of a layer"):
+            datainf.ihvp(train, query, method=method)
+    with pytest.raises(ValueError, match="layer 'b' is missing from the query gradients"):
+        datainf.influence(train, {name: V for name, V in query.items() if name != "b"}, method="joint")
+
+
+def test_cosine_is_that_of_the_whole_gradients():
+    train, query = pair()
+    G, V = (torch.cat(list(side.values()), dim=1) for side in (train, query))
+    expected = -torch.nn.functional.cosine_similarity(V[:, None], G[None], dim=2)
+    torch.testing.assert_close(datainf.influence(train, query, method="cosine"), expected)
+    torch.testing.assert_close(datainf.influence(Streamed(train), Streamed(query), method="cosine"), expected)
+    train["a"][3], train["b"][3], train["c"][3] = 0, 0, 0  # a gradient of nothing is like no other
+    assert (datainf.influence(train, query, method="cosine")[:, 3] == 0).all()
+
+
 def test_a_function_that_takes_the_shape_is_told_it():
     train, query = pair()
     seen = []

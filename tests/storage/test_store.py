@@ -78,7 +78,7 @@ def test_no_layer_is_read_whole_where_blocks_will_do(tmp_path, monkeypatch):
     assert "a" in store and "c" not in store and store.keys() == {"a", "b"}
 
 
-@pytest.mark.parametrize("method", datainf.METHODS)
+@pytest.mark.parametrize("method", [*datainf.METHODS, "joint", "cosine"])
 def test_influence_reads_a_store_on_disk_in_blocks(tmp_path, method):
     train, query = example_store(), example_store(4)
     on_disk = train.save(tmp_path / "store", shard_bytes=3 * 9 * 4)
