@@ -14,6 +14,8 @@ from datainf.storage.rows import PART, Matrix, Rows, double, slices
 
 Shape = tuple[int, int]
 Solver = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]
+Basis = tuple[Float[Tensor, "out out"], Float[Tensor, "in in"], Float[Tensor, "out in"]]
+"""U, W and S: in the basis of the products of U's and W's columns, H is taken to be diagonal, with the entries S."""
 
 
 def kronecker(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Shape) -> Float[Tensor, "m d"]:
@@ -32,15 +34,13 @@ def kronecker(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Shape) -> F
 
 def kronecker_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
     """`kronecker` as a function of V alone."""
-    G64 = double(G)
-    left, right = (torch.linalg.eigh(side).eigenvectors for side in _mean_squares(G64, shape))
-    S = sum((left.T @ part @ right).square().sum(dim=0) for part in _matrices(G64, shape)) / len(G)
+    return _solver(kronecker_basis(double(G), shape), lam, shape)
 
-    def solve(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        rotated = left.T @ double(V).view(-1, *shape) @ right
-        return (left @ rotated.div_(S + lam) @ right.T).flatten(1).to(V.dtype).to(V.device)
 
-    return solve
+def kronecker_basis(G: Matrix, shape: Shape) -> Basis:
+    """U, W and S of `kronecker`."""
+    left, right = (torch.linalg.eigh(side).eigenvectors for side in _mean_squares(G, shape))
+    return left, right, sum((left.T @ part @ right).square().sum(dim=0) for part in matrices(G, shape)) / len(G)
 
 
 def generalized_fisher(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Shape) -> Float[Tensor, "m d"]:
@@ -55,20 +55,26 @@ def generalized_fisher(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Sh
 
 def generalized_fisher_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
     """`generalized_fisher` as a function of V alone."""
-    out, width = shape
-    left, right = _mean_squares(double(G), shape)
-    F = (right / out if width >= out else left / width).add_(
-        lam * torch.eye(max(shape), dtype=left.dtype, device=left.device)
-    )
-    factor = torch.linalg.cholesky(F)
+    return _solver(generalized_fisher_basis(double(G), shape), lam, shape)
+
+
+def generalized_fisher_basis(G: Matrix, shape: Shape) -> Basis:
+    """The eigenvectors of F on its side and nothing on the other, and its eigenvalues, the same for all rows."""
+    (out, width), (left, right) = shape, _mean_squares(G, shape)
+    if width >= out:
+        S, W = torch.linalg.eigh(right / out)
+        return torch.eye(out, dtype=W.dtype, device=W.device), W, S.expand(shape)
+    S, U = torch.linalg.eigh(left / width)
+    return U, torch.eye(width, dtype=U.dtype, device=U.device), S[:, None].expand(shape)
+
+
+def _solver(basis: Basis, lam: float, shape: Shape) -> Solver:
+    """V -> U ((U^T V W) / (S + lam)) W^T."""
+    left, right, S = basis
 
     def solve(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        V64 = double(V).view(-1, *shape)
-        if width >= out:
-            R = torch.cholesky_solve(V64.mT, factor).mT
-        else:
-            R = torch.cholesky_solve(V64, factor)
-        return R.flatten(1).to(V.dtype).to(V.device)
+        rotated = left.T @ double(V).view(-1, *shape) @ right
+        return (left @ rotated.div_(S + lam) @ right.T).flatten(1).to(V.dtype).to(V.device)
 
     return solve
 
@@ -76,7 +82,7 @@ def generalized_fisher_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
 def _mean_squares(G: Matrix, shape: Shape) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
     """The means of G_i G_i^T and of G_i^T G_i."""
     left, right = (torch.zeros(size, size, dtype=G.dtype, device=G.device) for size in shape)
-    for part in _matrices(G, shape):
+    for part in matrices(G, shape):
         rows = part.transpose(0, 1).flatten(1)  # (out, examples * in)
         left.addmm_(rows, rows.T)
         rows = part.flatten(0, 1)
@@ -84,7 +90,7 @@ def _mean_squares(G: Matrix, shape: Shape) -> tuple[Float[Tensor, "out out"], Fl
     return left / len(G), right / len(G)
 
 
-def _matrices(G: Matrix, shape: Shape) -> Iterator[Float[Tensor, "k out in"]]:
+def matrices(G: Matrix, shape: Shape) -> Iterator[Float[Tensor, "k out in"]]:
     """The gradients as matrices, a few at a time, so that what is made of them takes little beside a block."""
     for _, block in (G if isinstance(G, Rows) else Rows.of(G)).blocks():
         for rows in slices(len(block), max(1, int(len(block) * PART / 4))):

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from layered import SHAPES, Layers, Streamed, gradients, pair
 
 import datainf
 from datainf import scaling
@@ -14,14 +15,6 @@ from datainf.errors import InputError
 from datainf.storage.rows import Rows, double_on, gram, second_moment
 
 WIDE, TALL = (9, 40), (60, 12)  # (n, d): d > n takes exact's dual system, d <= n its primal one
-SHAPES = {40: (4, 10), 12: (4, 3), 7: (1, 7), 30: (5, 6), 5: (5, 1), 21: (3, 7)}  # d -> the matrix that it is of
-
-
-def gradients(n: int, d: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
-    """Gradients with a decaying spectrum, as real ones have."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.arange(1, d + 1, dtype=torch.float64) ** -0.7
-    return (torch.randn(n, d, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def damped_hessian(G: torch.Tensor, lam: float) -> torch.Tensor:
@@ -161,19 +154,6 @@ def test_largest_eigenvalue(shape):
     assert 0.95 * top <= largest_eigenvalue(G) <= top * (1 + 1e-12)
 
 
-class Layers(dict):
-    """Gradients that know of which matrices they are."""
-
-    shapes = {"a": SHAPES[40], "b": SHAPES[5], "c": SHAPES[21]}
-
-
-def pair(n=9, m=4, dtype=torch.float64):
-    widths = {"a": 40, "b": 5, "c": 21}
-    train = {name: gradients(n, d, seed=index, dtype=dtype) for index, (name, d) in enumerate(widths.items())}
-    query = {name: gradients(m, d, seed=10 + index, dtype=dtype) for index, (name, d) in enumerate(widths.items())}
-    return Layers(train), Layers(query)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_influence_sums_layers_with_the_sign_of_the_paper(method):
     """Algorithm 1's loops, literally: over layers, queries and training examples."""
@@ -201,15 +181,6 @@ def test_positive_means_harmful():
     for method in ("hessian_free", "datainf", "exact", "lissa_scaled"):
         scores = datainf.influence({"layer": G}, {"layer": v}, method=method)
         assert scores[0, 0] < 0 < scores[0, 1]
-
-
-class Streamed(Layers):
-    """Gradients that are read, as those on disk are: a block is held in memory of its own."""
-
-    def rows(self, name):
-        G = self[name]
-        fill = lambda out, rows, columns: out.copy_(G[rows, columns])  # noqa: E731
-        return Rows(fill, G.shape, device="cpu", dtype=G.dtype)
 
 
 def least_memory(train, query, method) -> int:
