@@ -27,7 +27,7 @@ def classification(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tenso
             for text.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    _check_names(batch, "labels")
+    check_names(batch, "labels")
     check_ids(model, batch)
     misread = _misread_padding(model, batch)
     logits = model(**inputs).logits
@@ -52,7 +52,7 @@ def _kind_of_labels(model: nn.Module, logits: Float[Tensor, "batch k"], labels: 
         InputError: the labels cannot be that.
     """
     n, k = logits.shape
-    config = _config_of(model)
+    config = config_of(model)
     kind = getattr(config, "problem_type", None)
     if kind is None:
         several = labels.is_floating_point() and labels.dim() > 1
@@ -103,11 +103,11 @@ def completion(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str 
     """
     if _is_encoder_decoder(model):
         return _of_decoder(model, batch, reduction)
-    _check_names(batch, "input_ids", "attention_mask", "labels")
+    check_names(batch, "input_ids", "attention_mask", "labels")
     labels, counted = batch["labels"], batch["labels"] != IGNORED
     other = counted & (labels != batch["input_ids"])
     _refuse(other, labels, "The label {} is not the input id in its place: labels are the input ids, or -100.")
-    losses = _negative_log_likelihood(model, batch, counted, reduction)
+    losses = negative_log_likelihood(model, batch, counted, reduction)
     return losses.masked_fill(other.any(dim=1), torch.nan)
 
 
@@ -119,17 +119,17 @@ def as_published(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: st
     Raises:
         InputError: the batch lacks something, or the model is an encoder-decoder, which gives its prompt no likelihood.
     """
-    _refuse_encoder_decoder(model)
-    _check_names(batch, "input_ids", "attention_mask", "labels")
+    refuse_encoder_decoder(model)
+    check_names(batch, "input_ids", "attention_mask", "labels")
     prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
-    return _negative_log_likelihood(model, batch, prompt, reduction)
+    return negative_log_likelihood(model, batch, prompt, reduction)
 
 
 def full(model: nn.Module, batch: Mapping[str, Tensor], *, reduction: str = "mean") -> Float[Tensor, " batch"]:
     """Negative log-likelihood of prompt and response together. Errors as of `as_published`."""
-    _refuse_encoder_decoder(model)
-    _check_names(batch, "input_ids", "attention_mask")
-    return _negative_log_likelihood(model, batch, batch["attention_mask"].bool(), reduction)
+    refuse_encoder_decoder(model)
+    check_names(batch, "input_ids", "attention_mask")
+    return negative_log_likelihood(model, batch, batch["attention_mask"].bool(), reduction)
 
 
 TEXT = {"completion": completion, "as_published": as_published, "full": full}
@@ -226,20 +226,26 @@ def weighted(loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]) -> Calla
     return times_weight
 
 
-def _negative_log_likelihood(
-    model: nn.Module, batch: Mapping[str, Tensor], counted: Bool[Tensor, "batch tokens"], reduction: str
+def negative_log_likelihood(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    counted: Bool[Tensor, "batch tokens"],
+    reduction: str,
+    drawn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Mean or sum over each example's `counted` tokens of -log p(token | the tokens before it).
 
-    The first token has nothing before it and is never counted.
+    The first token has nothing before it and is never counted. `drawn` gives other tokens in their places, of the
+    logits (batch, tokens - 1, vocabulary), the ids (batch, tokens) and which are counted (batch, tokens - 1).
     """
     check_ids(model, batch)
     ids, mask, counted = _padded_right(batch["input_ids"], batch["attention_mask"], counted)
     attended = mask.bool()
     logits = model(input_ids=ids, attention_mask=mask).logits
     logits = logits[:, -ids.shape[1] :]  # those of virtual tokens come first
-    counted = counted[:, 1:] & attended[:, :-1]
-    return _by_example(logits[:, :-1], ids[:, 1:], counted, reduction)
+    counted, logits = counted[:, 1:] & attended[:, :-1], logits[:, :-1]
+    tokens = ids[:, 1:] if drawn is None else drawn(logits.detach(), ids, counted)
+    return _by_example(logits, tokens, counted, reduction)
 
 
 def _by_example(
@@ -257,7 +263,7 @@ def _by_example(
 
 def _of_decoder(model: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Float[Tensor, " batch"]:
     """`completion` of an encoder-decoder, whose decoder is given the labels moved on by one."""
-    _check_names(batch, "labels")
+    check_names(batch, "labels")
     check_ids(model, batch)
     misplaced = _padded_at(batch, 0)
     _refuse(misplaced, misplaced, ON_THE_LEFT)
@@ -285,7 +291,7 @@ def _misread_padding(model: nn.Module, batch: Mapping[str, Tensor]) -> Bool[Tens
     Raises:
         InputError: there are some (on a GPU they are only returned).
     """
-    mask, ids, config = batch.get("attention_mask"), batch.get("input_ids"), _config_of(model)
+    mask, ids, config = batch.get("attention_mask"), batch.get("input_ids"), config_of(model)
     at_the_end = getattr(config, "summary_type", None) == "last"  # XLNet sums a text up in the last place
     misplaced = _padded_at(batch, -1 if at_the_end else 0)
     _refuse(misplaced, misplaced, ON_THE_RIGHT if at_the_end else ON_THE_LEFT)
@@ -319,7 +325,7 @@ def _padded_at(batch: Mapping[str, Tensor], place: int) -> Bool[Tensor, " batch"
     return mask[:, place] == 0
 
 
-def _check_names(batch: Mapping[str, Tensor], *names: str) -> None:
+def check_names(batch: Mapping[str, Tensor], *names: str) -> None:
     """Refuse a batch that lacks something.
 
     Raises:
@@ -333,7 +339,7 @@ def _base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _config_of(model: nn.Module) -> object:
+def config_of(model: nn.Module) -> object:
     """The configuration of a transformers model, or of what of it reads text; None of any other model."""
     config = getattr(_base_of(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -348,6 +354,6 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(_base_of(model), "config", None), "is_encoder_decoder", False))
 
 
-def _refuse_encoder_decoder(model: nn.Module) -> None:
+def refuse_encoder_decoder(model: nn.Module) -> None:
     if _is_encoder_decoder(model):
         raise InputError("An encoder-decoder gives its prompt no likelihood: take that of the response, completion.")
