@@ -135,6 +135,33 @@ def test_values_reach_the_notebook_as_they_were_written_and_another_model_is_not
     assert re.search(r"^run\s+1$", snakemake(target, "-n", **done, MODEL=str(other))[1], re.MULTILINE)
 
 
+def test_changed_code_makes_every_run_out_of_date(study):
+    """Also a detection run, which comes after the approximation error of the same model."""
+    config = yaml.safe_load((study / "config" / "demo.yaml").read_text(encoding="utf8")) | {"scale": "both"}
+    small = {"model": "demo-roberta", "n_train": 20, "n_validation": 10, "epochs": 1, "methods": ["hessian_free"]}
+    config["classification"]["parameters"] = small
+    (study / "config" / "both.yaml").write_text(yaml.safe_dump(config), encoding="utf8")
+    names = ("approximation_error", "mislabeled_detection")
+    targets = [f"results/both/runs/{name}-demo-reviews-r1-s0.csv" for name in names]
+    done = {"config": "both", "cwd": study}
+    status, printed = snakemake(*targets, **done)
+    assert status == 0, printed
+    assert "Nothing to be done" in snakemake(*targets, "-n", **done)[1]
+    for changed, out_of_date in (("datainf/attribution/methods.py", 2), ("notebooks/20_mislabeled_detection.ipynb", 1)):
+        path = study / changed
+        before = path.read_text(encoding="utf8")
+        code = (
+            before + "\nCHANGED = True\n"
+            if path.suffix == ".py"
+            else before.replace("import pandas", "import re\\nimport pandas")
+        )
+        assert code != before
+        path.write_text(code, encoding="utf8")
+        printed = snakemake(*targets, "-n", **done)[1]
+        path.write_text(before, encoding="utf8")
+        assert re.search(rf"^run\s+{out_of_date}$", printed, re.MULTILINE), (changed, printed)
+
+
 def test_a_record_repeats_its_run(tmp_path, monkeypatch):
     record = tmp_path / "runs" / "approximation_error-demo-reviews-r2-s0.csv"
     small = {"n_train": 40, "n_validation": 20, "epochs": 1, "rank": 2, "methods": ["hessian_free", "datainf"]}
