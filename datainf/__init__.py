@@ -7,6 +7,7 @@ scores = datainf.influence(train, query, method="datainf")    # Tensor (m, n); >
 
 from datainf.attribution.estimating import estimate
 from datainf.attribution.influence import METHODS, ihvp, influence, resolve_method, scores, self_influence
+from datainf.gradients.factors import kronecker_factors
 from datainf.gradients.per_sample import per_sample_gradients, reference_gradients
 from datainf.storage.store import GradientStore
 
@@ -16,6 +17,7 @@ __all__ = [
     "estimate",
     "ihvp",
     "influence",
+    "kronecker_factors",
     "per_sample_gradients",
     "reference_gradients",
     "resolve_method",

@@ -14,10 +14,18 @@ def gradients(n: int, d: int, seed: int = 0, dtype=torch.float64) -> torch.Tenso
     return (torch.randn(n, d, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
+def factors_of(shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """What EK-FAC wants of a layer, made up."""
+    return tuple(gradients(3 * size, size, seed=size).T @ gradients(3 * size, size, seed=size) for size in shape)
+
+
 class Layers(dict):
     """Gradients that know of which matrices they are."""
 
     shapes = {"a": SHAPES[40], "b": SHAPES[5], "c": SHAPES[21]}
+
+
+FACTORS = {name: factors_of(shape) for name, shape in Layers.shapes.items()}
 
 
 def pair(n=9, m=4, dtype=torch.float64):

@@ -69,7 +69,7 @@ def test_stores_have_the_same_bytes(runs):
 
 def test_gradients_and_scores_are_the_same(found):
     (one, _), *two = found
-    assert len(one) == 6 + 5 * 6
+    assert len(one) == 7 + 6 * 6
     for results, _ in two:
         assert results.keys() == one.keys()
         for what, expected in one.items():

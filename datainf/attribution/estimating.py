@@ -13,7 +13,7 @@ from datainf import scaling
 from datainf.attribution.influence import ihvp, scores
 from datainf.attribution.inputs import check_device
 from datainf.attribution.kronecker import Shape
-from datainf.attribution.methods import Method, name_of, needs_of, resolve_method, takes_shape
+from datainf.attribution.methods import Method, name_of, needs_of, resolve_method, takes
 from datainf.gradients.batches import length
 from datainf.gradients.layers import Layers, trainable_layers
 from datainf.gradients.per_sample import LossFn, per_sample_gradients
@@ -144,15 +144,16 @@ def _probe_method(
         d, narrow = math.prod(shape), min(*shape, PROBE_D**0.5)
         small = (min(n, PROBE_N), min(m, PROBE_M), tuple(int(min(side, PROBE_D / narrow)) for side in shape))
         G, V = (GradientStore({"": torch.randn(rows, *small[2], device=device)}) for rows in small[:2])
-        R = ihvp(G, V, method)
+        options = {"factors": {"": tuple(torch.eye(side) for side in small[2])}}
+        R = ihvp(G, V, method, **options)
         probes = {
-            "ihvp": (lambda: ihvp(G, V, method), ihvp_operations),  # noqa: B023
+            "ihvp": (lambda: ihvp(G, V, method, **options), ihvp_operations),  # noqa: B023
             "scores": (lambda: scores(G, R), scores_operations),  # noqa: B023
         }
         for half, (probe, operations) in probes.items():
             taken, _ = scaling.cost(probe, repeats=2, device=device)
             seconds[half] += times * taken * operations(method, n, m, shape) / operations(method, *small)
-        needs = needs_of(method, n, d, itemsize=4, shape=shape if takes_shape(method) else None)
+        needs = needs_of(method, n, d, itemsize=4, shape=shape if takes(method, "shape") else None)
         what = f"{name_of(method)} on a layer of {d} parameters"
         blocks = share_out(memory, what, needs, kept=4 * m * n, queries=m)
         block = max(needs.smallest_block, min(needs.layer, blocks.block_bytes))
@@ -171,7 +172,7 @@ def ihvp_operations(method: Method, n: int, m: int, shape: Shape) -> float:
         case "exact":
             gram = small**2 * max(n, d)  # half of the full product
             return gram + small**3 / 3 + 2 * m * small**2 + (2 * product if d > n else 0)
-        case "kronecker":
+        case "kronecker" | "ekfac":  # whose factors are another pass over the examples, and not counted here
             # Both means and the rotation of G; two eigendecompositions; the rotation of V, there and back.
             return 4 * n * d * sides + 9 * sum(side**3 for side in shape) + 4 * m * d * sides
         case "generalized_fisher":

@@ -36,10 +36,12 @@ from datainf.attribution.inputs import (
     check_pair,
     check_products,
     layer_rows,
-    shapes_of,
+    told,
 )
+from datainf.attribution.kronecker import Factors
 from datainf.attribution.methods import (
     METHODS,
+    OF_ALL_LAYERS,
     SOLVERS,
     Method,
     check_damping,
@@ -84,6 +86,8 @@ def influence(
     damping: float = 0.1,
     *,
     curvature: Mapping[str, Tensor] | None = None,
+    factors: Mapping[str, Factors] | None = None,
+    aggregate: str = "sum",
     device: torch.device | str | None = None,
     memory: Memory = None,
     **options,
@@ -103,6 +107,9 @@ def influence(
             layers together: "joint" is exact with one H for all, "cosine" the cosine of the whole gradients, negated.
         damping: the factor in `layer_damping`.
         curvature: the same layers -> the rows (n', d_l) that H and its damping are made of; by default `train`.
+        factors: the same layers -> what `kronecker_factors` finds of them, for "ekfac".
+        aggregate: "sum" adds up the layers' scores, as the paper; "ranks" their ranks among the training examples, each
+            from -1 (the most helpful) to 1, so that no layer counts for more than another.
         device: where to compute; by default where the training gradients are.
         memory: the most bytes to hold on ``device`` at a time, such as "2GB", beside gradients that are in memory
             already. By default gradients are read in blocks of 256 MiB, and nothing else is bounded.
@@ -117,20 +124,35 @@ def influence(
             `damping` that is not positive or not finite, a `device` that is not there, `memory` that is no size or too
             little (says how much is needed).
     """
+    if aggregate not in ("sum", "ranks"):
+        raise InputError(f"aggregate must be 'sum' or 'ranks', not {aggregate!r}.")
+    if aggregate == "ranks" and method in OF_ALL_LAYERS:
+        raise InputError(f"{method} takes all layers together, so that there are no ranks to add: leave aggregate out.")
     if method == "cosine":
         return _cosine(train, query, device=device, memory=memory)
     if method == "joint":
         check_pair(train, query)
         train, query, curvature = _as_one_layer(train, query, curvature)
         method = exact
-    layers = _Layers(train, query, method, damping, device, memory, options, curvature)
+    layers = _Layers(train, query, method, damping, device, memory, options, curvature, factors)
     (total,) = layers.zeros((layers.m, layers.n))
     processes.begin("influence")
     for _, G, parts in layers:
         for rows, R in parts:
-            total[rows] -= R @ G.T
+            if aggregate == "ranks":
+                total[rows] += _ranks(-(R @ G.T))
+            else:
+                total[rows] -= R @ G.T
         del R  # before the next layer's
     return processes.add_up(total)
+
+
+def _ranks(scores: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """Each score's rank in its row, from -1 to 1; equal scores have the mean of theirs."""
+    ordered, n = scores.sort(dim=1).values, scores.shape[1]
+    below = torch.searchsorted(ordered, scores)
+    not_above = torch.searchsorted(ordered, scores, right=True)
+    return (below + not_above - n).to(scores.dtype) / n
 
 
 def ihvp(
@@ -140,6 +162,7 @@ def ihvp(
     damping: float = 0.1,
     *,
     curvature: Mapping[str, Tensor] | None = None,
+    factors: Mapping[str, Factors] | None = None,
     device: torch.device | str | None = None,
     memory: Memory = None,
     **options,
@@ -149,7 +172,7 @@ def ihvp(
     For those who time the two halves apart, or who keep R to score training examples that come later with
     `scores`. Arguments and errors as in `influence`. In several processes: of the layers that fall to this one.
     """
-    layers = _Layers(train, query, method, damping, device, memory, options, curvature)
+    layers = _Layers(train, query, method, damping, device, memory, options, curvature, factors)
     shapes = [(layers.m, layers.widths[name]) for name in layers.mine]
     found = dict(zip(layers.mine, layers.zeros(*shapes), strict=True))
     for name, _, parts in layers:
@@ -191,6 +214,7 @@ def self_influence(
     damping: float = 0.1,
     *,
     curvature: Mapping[str, Tensor] | None = None,
+    factors: Mapping[str, Factors] | None = None,
     device: torch.device | str | None = None,
     memory: Memory = None,
     **options,
@@ -203,7 +227,7 @@ def self_influence(
     if method == "joint":
         train, curvature = _as_one_layer(train, curvature)
         method = exact
-    layers = _Layers(train, train, method, damping, device, memory, options, curvature, in_blocks=True)
+    layers = _Layers(train, train, method, damping, device, memory, options, curvature, factors, in_blocks=True)
     (total,) = layers.zeros((layers.n,))
     processes.begin("self_influence")
     for _, G, parts in layers:
@@ -232,7 +256,7 @@ class _Layers:
     queries at once where `memory` allows it. Whether it allows anything is seen before the first layer is begun.
     """
 
-    def __init__(self, train, query, method, damping, device, memory, options, curvature=None, in_blocks=False):
+    def __init__(self, train, query, method, damping, device, memory, options, curvature, factors, in_blocks=False):
         self.method = resolve_method(method, options)
         check_damping(damping)
         check_device(device)
@@ -241,7 +265,7 @@ class _Layers:
             check_pair(train, curvature, "curvature")
         self.train, self.query, self.damping, self.in_blocks = train, query, damping, in_blocks
         self.curvature = train if curvature is None else curvature
-        self.shapes = shapes_of(self.curvature, self.method)
+        self.told = told(self.curvature, self.method, factors)
         self.memory = None if memory is None else bytes_of(memory)
         shapes = {name: layer_rows(train, name).shape for name in train}
         self.widths = {name: d for name, (_, d) in shapes.items()}
@@ -280,7 +304,7 @@ class _Layers:
     def _parts(self, name: str, H_rows: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
         rows_of_V = layer_rows(self.query, name, self.device, dtype=H_rows.dtype)
         side = "training" if self.curvature is self.train else "curvature"
-        solve = solver_of(self.method, name, H_rows, self.damping, self.shapes.get(name), side)
+        solve = solver_of(self.method, name, H_rows, self.damping, self.told[name], side)
         for rows in slices(self.m, queries):
             V = rows_of_V.tensor(rows)
             check_finite("query", name, square_norms(V), rows.start)
@@ -294,7 +318,7 @@ class _Layers:
         d, G = self.widths[name], layer_rows(self.train, name, self.device)
         most = self.m if not self.in_blocks else max(1, BLOCK_BYTES // (d * G.dtype.itemsize))
         n = max(self.n, layer_rows(self.curvature, name).shape[0])
-        needs = needs_of(self.method, n, d, G.dtype.itemsize, at_hand=G.is_at_hand, shape=self.shapes.get(name))
+        needs = needs_of(self.method, n, d, G.dtype.itemsize, at_hand=G.is_at_hand, shape=self.told[name].get("shape"))
         what = f"{name_of(self.method)} on layer {name!r}"
         return share_out(self.memory, what, needs, kept=self._kept, queries=min(self.m, most))
 
@@ -304,7 +328,7 @@ def solver_of(
     name: str,
     G: Rows,
     damping: float,
-    shape: tuple[int, int] | None = None,
+    known: Mapping[str, object],
     side: str = "training",
 ) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]:
     """V -> R = method(G, V, lam) for the layer called `name`, after the checks that need the layer's numbers."""
@@ -318,7 +342,6 @@ def solver_of(
     lam = layer_damping(G, damping)
     if not 0 < lam < math.inf:
         raise InputError(f"damping={damping:g} gives layer {name!r} the damping {lam:g}: choose one nearer to 0.1.")
-    known = {} if shape is None else {"shape": shape}
     if is_built_in(method) and method in SOLVERS:
         return SOLVERS[method](G, lam, **known)
     G = G if is_built_in(method) else G.tensor()

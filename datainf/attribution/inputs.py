@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from datainf.attribution.kronecker import Shape
-from datainf.attribution.methods import Method, name_of, takes_shape
+from datainf.attribution.kronecker import Factors
+from datainf.attribution.methods import Method, name_of, takes
 from datainf.errors import InputError
 from datainf.storage.rows import Rows
 
@@ -49,21 +49,35 @@ class OneLayer(Mapping[str, Tensor]):
         return 1
 
 
-def shapes_of(gradients: Mapping[str, Tensor], method: Method) -> dict[str, Shape]:
-    """Layer name -> (out, in), for a method that takes it; for others nothing.
+def told(
+    gradients: Mapping[str, Tensor], method: Method, factors: Mapping[str, Factors] | None
+) -> dict[str, dict[str, object]]:
+    """Layer name -> what a method is told of it beside its gradients: its ``shape`` (out, in), its ``factors``.
 
     Raises:
-        InputError: the gradients do not say it of a layer.
+        InputError: it is not known of a layer, or the factors are of another shape.
     """
-    if not takes_shape(method):
-        return {}
-    known = getattr(gradients, "shapes", {})
-    if missing := [name for name in gradients if name not in known]:
-        raise InputError(
-            f"{name_of(method)} must know which matrix layer {missing[0]!r} is of: give a GradientStore with shapes=, "
-            "as per_sample_gradients makes it."
-        )
-    return dict(known)
+    found: dict[str, dict[str, object]] = {name: {} for name in gradients}
+    if takes(method, "shape"):
+        shapes = getattr(gradients, "shapes", {})
+        if missing := [name for name in gradients if name not in shapes]:
+            raise InputError(
+                f"{name_of(method)} must know which matrix layer {missing[0]!r} is of: give a GradientStore with "
+                "shapes=, as per_sample_gradients makes it."
+            )
+        found = {name: {"shape": shapes[name]} for name in gradients}
+    if takes(method, "factors"):
+        if missing := [name for name in gradients if name not in (factors or {})]:
+            raise InputError(
+                f"{name_of(method)} must know the factors of layer {missing[0]!r}: give factors=, as kronecker_factors "
+                "makes them of the model and the training examples."
+            )
+        for name, told_of in found.items():
+            sides = tuple(len(side) for side in factors[name])
+            if sides != tuple(told_of["shape"]):
+                raise InputError(f"The factors of layer {name!r} are of a matrix {sides}, not {told_of['shape']}.")
+            told_of["factors"] = factors[name]
+    return found
 
 
 def check_device(device: torch.device | str | None) -> None:

@@ -1,10 +1,10 @@
 """Methods that know a layer's d_l parameters as a matrix (out, in), and H as a product of what acts on its two sides.
 
-They are functions ``(G, V, lam, shape) -> R`` of one layer, as those of `attribution.methods`, in float64 throughout.
-Row i of G is the gradient G_i (out, in), row by row.
+They are functions ``(G, V, lam, shape, ...) -> R`` of one layer, as those of `attribution.methods`, in float64
+throughout. Row i of G is the gradient G_i (out, in), row by row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from datainf.storage.rows import PART, Matrix, Rows, double, slices
 
 Shape = tuple[int, int]
 Solver = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]
+Factors = tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]
 Basis = tuple[Float[Tensor, "out out"], Float[Tensor, "in in"], Float[Tensor, "out in"]]
 """U, W and S: in the basis of the products of U's and W's columns, H is taken to be diagonal, with the entries S."""
 
@@ -39,7 +40,32 @@ def kronecker_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
 
 def kronecker_basis(G: Matrix, shape: Shape) -> Basis:
     """U, W and S of `kronecker`."""
-    left, right = (torch.linalg.eigh(side).eigenvectors for side in _mean_squares(G, shape))
+    return _eigenvalue_corrected(G, shape, _mean_squares(G, shape))
+
+
+def ekfac(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Shape, factors: Factors) -> Float[Tensor, "m d"]:
+    """`kronecker` in another basis: EK-FAC's (George et al., 2018; Grosse et al., 2023).
+
+    The columns of U and W are the eigenvectors of the layer's `factors`, the second moments of what comes back to its
+    outputs and of what goes into it, token by token, as `gradients.factors.kronecker_factors` finds them; S and R are
+    as of `kronecker`.
+    """
+    return ekfac_solver(G, lam, shape, factors)(V)
+
+
+def ekfac_solver(G: Matrix, lam: float, shape: Shape, factors: Factors) -> Solver:
+    """`ekfac` as a function of V alone."""
+    return _solver(ekfac_basis(double(G), shape, factors), lam, shape)
+
+
+def ekfac_basis(G: Matrix, shape: Shape, factors: Factors) -> Basis:
+    """U, W and S of `ekfac`."""
+    return _eigenvalue_corrected(G, shape, [double(side).to(G.device) for side in factors])
+
+
+def _eigenvalue_corrected(G: Matrix, shape: Shape, sides: Sequence[Tensor]) -> Basis:
+    """The eigenvectors of both sides, and H's diagonal in the basis of their products."""
+    left, right = (torch.linalg.eigh(side).eigenvectors for side in sides)
     return left, right, sum((left.T @ part @ right).square().sum(dim=0) for part in matrices(G, shape)) / len(G)
 
 

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datainf.attribution.kronecker import (
+    ekfac,
+    ekfac_solver,
     generalized_fisher,
     generalized_fisher_solver,
     kronecker,
@@ -110,14 +112,19 @@ METHODS: dict[str, Method] = {
     method.__name__: method
     for method in (
         *(hessian_free, datainf, lissa, lissa_scaled, lissa_as_published, exact),
-        *(kronecker, generalized_fisher),
+        *(kronecker, ekfac, generalized_fisher),
     )
 }
 OF_ALL_LAYERS = ("joint", "cosine")
 """Names of what `influence` does with all layers together."""
 
-SOLVERS = {exact: exact_solver, kronecker: kronecker_solver, generalized_fisher: generalized_fisher_solver}
-"""Method -> what of it does not depend on V, done once: ``(G, lam) -> (V -> R)``, and the shape where it takes that."""
+SOLVERS = {
+    exact: exact_solver,
+    kronecker: kronecker_solver,
+    ekfac: ekfac_solver,
+    generalized_fisher: generalized_fisher_solver,
+}
+"""Method -> what of it does not depend on V, done once: ``(G, lam, ...) -> (V -> R)``, with what else it takes."""
 
 
 def _factor(A: Float[Tensor, "k k"], shift: float) -> Float[Tensor, "k k"]:
@@ -202,9 +209,9 @@ def resolve_method(method: str | Method, options: Mapping[str, object] | None = 
     return partial(method, **options) if options else method
 
 
-def takes_shape(method: Method) -> bool:
-    """Whether a method is to be told the layer's (out, in), as ``shape``."""
-    parameter = inspect.signature(method).parameters.get("shape")
+def takes(method: Method, name: str) -> bool:
+    """Whether a method is to be told something of each layer: its (out, in), as ``shape``, or its ``factors``."""
+    parameter = inspect.signature(method).parameters.get(name)
     return parameter is not None and parameter.default is parameter.empty
 
 
@@ -227,6 +234,7 @@ VECTORS = {
     "lissa_as_published": (7, 3),
     "exact": (12, 9),
     "kronecker": (12, 3),
+    "ekfac": (12, 3),
     "generalized_fisher": (12, 3),
 }
 

@@ -16,12 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from datainf.attribution.inputs import OneLayer, check_finite, check_pair, layer_rows, shapes_of
-from datainf.attribution.kronecker import Basis, Shape, generalized_fisher_basis, kronecker_basis, matrices
+from datainf.attribution.inputs import OneLayer, check_finite, check_pair, layer_rows, told
+from datainf.attribution.kronecker import (
+    Basis,
+    Factors,
+    Shape,
+    ekfac_basis,
+    generalized_fisher_basis,
+    kronecker_basis,
+    matrices,
+)
 from datainf.attribution.methods import (
     Method,
     check_damping,
     datainf,
+    ekfac,
     exact,
     generalized_fisher,
     hessian_free,
@@ -31,7 +40,6 @@ from datainf.attribution.methods import (
     lissa_scaled,
     name_of,
     resolve_method,
-    takes_shape,
 )
 from datainf.errors import InputError
 from datainf.progress import bar
@@ -47,6 +55,7 @@ def damping_path(
     dampings: Sequence[float],
     *,
     curvature: Mapping[str, Tensor] | None = None,
+    factors: Mapping[str, Factors] | None = None,
     device: torch.device | str | None = None,
 ) -> Damped:
     """`influence` for every damping of a path, in float64.
@@ -54,7 +63,7 @@ def damping_path(
     Args:
         method: a name of `PATHS`, with its iterations where it has some, or "joint".
         dampings: each times the mean eigenvalue of a layer is its lam.
-        train, query, curvature, device: as of `influence`.
+        train, query, curvature, factors, device: as of `influence`.
 
     Returns:
         Tensor (len(dampings), m, n).
@@ -75,13 +84,13 @@ def damping_path(
     if curvature is not None:
         check_pair(train, curvature, "curvature")
     rows_of_h = train if curvature is None else curvature
-    shapes = shapes_of(rows_of_h, method) if takes_shape(method) else {}
+    known = told(rows_of_h, method, factors)
     options, total = getattr(method, "keywords", {}), 0
     for name in bar(list(train), desc=f"{name_of(method)}, {len(dampings)} dampings", unit="layer"):
         G, V, C = (double(layer_rows(side, name, device)) for side in (train, query, rows_of_h))
         for what, rows in (("training", G), ("query", V), ("curvature", C)):
             check_finite(what, name, square_norms(rows))
-        layer = _Layer(G, V.tensor(), C, shapes.get(name))
+        layer = _Layer(G, V.tensor(), C, **known[name])
         if not layer.mean_eigenvalue > 0:
             raise InputError(f"Every gradient of layer {name!r} is zero, so that H has no inverse: leave it out.")
         total = total - path(layer, [damping * layer.mean_eigenvalue for damping in dampings], **options)
@@ -95,7 +104,8 @@ class _Layer:
     G: Rows
     V: Float[Tensor, "m d"]
     C: Rows
-    shape: Shape | None
+    shape: Shape | None = None
+    factors: Factors | None = None
 
     @cached_property
     def mean_eigenvalue(self) -> float:
@@ -160,11 +170,11 @@ def _iterated(lam: float, step: float, iterations: int) -> Callable[[Tensor], Te
     return function
 
 
-def _in_basis(basis_of: Callable[[Rows, Shape], Basis]) -> Callable[[_Layer, Sequence[float]], Damped]:
+def _in_basis(basis_of: Callable[..., Basis]) -> Callable[[_Layer, Sequence[float]], Damped]:
     """The path of a method that divides by S + lam in the basis of two matrices' products."""
 
     def path(layer: _Layer, lams: Sequence[float]) -> Damped:
-        left, right, S = basis_of(layer.C, layer.shape)
+        left, right, S = basis_of(layer.C, layer.shape, *([] if layer.factors is None else [layer.factors]))
         V = left.T @ layer.V.view(-1, *layer.shape) @ right
         found = layer.V.new_empty(len(lams), len(V), len(layer.G))
         first = 0
@@ -185,6 +195,7 @@ PATHS: dict[Method, Callable[..., Damped]] = {
     lissa_scaled: _lissa_scaled,
     exact: _exact,
     kronecker: _in_basis(kronecker_basis),
+    ekfac: _in_basis(ekfac_basis),
     generalized_fisher: _in_basis(generalized_fisher_basis),
 }
 """Method -> ``(layer, lams) -> V f G^T`` for each lam."""

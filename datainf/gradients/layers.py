@@ -165,9 +165,14 @@ def row_gradients(module: nn.Linear | nn.Conv2d, inputs: Tensor, output_gradient
     Args:
         inputs, output_gradient: what went into the module, and the loss's gradient of what came out.
     """
+    return contract(*as_tokens(module, inputs, output_gradient), rows)
+
+
+def as_tokens(module: nn.Linear | nn.Conv2d, inputs: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The two with their last dimension the matrix's: a convolution's tokens are the places of its kernel."""
     if isinstance(module, nn.Conv2d):
-        inputs, output_gradient = _patches(module, inputs), output_gradient.flatten(2).mT
-    return contract(inputs, output_gradient, rows)
+        return _patches(module, inputs), output_gradient.flatten(2).mT
+    return inputs, output_gradient
 
 
 def contract(inputs: Tensor, output_gradient: Tensor, rows: int) -> Float[Tensor, "rows out*in"]:

@@ -136,7 +136,7 @@ def per_sample_gradients(
     kept = in_words(examples * sum(widths.values()) * dtype.itemsize)
     what = f"per-sample gradients of {examples} examples, {kept} {'in memory' if store is None else 'on disk'}"
     with (
-        _frozen(model) as as_found,
+        frozen(model) as as_found,
         Recorder(model, weights, rows_per_example, parts) as recorder,
         bar(total=examples, desc="per-sample gradients", unit="example") as progress,
     ):
@@ -213,7 +213,7 @@ class _Some(Sequence):
 def _without_loss(model, dataset, loss_fn, collate_fn, weights, of_all, known: set[int]) -> list[int]:
     """The examples whose loss is not finite, the `known` ones among them, by a forward pass over all others."""
     rank, count = processes.rank_and_count()
-    with _frozen(model) as as_found, Recorder(model, {}, 1, 1) as recorder:
+    with frozen(model) as as_found, Recorder(model, {}, 1, 1) as recorder:
         differentiate = Differentiator(model, dataset, loss_fn, collate_fn, weights, recorder, as_found)
         others = [[index for index in indices if index not in known] for indices in of_all]
         mine = list(filter(None, others))[rank::count]
@@ -309,7 +309,7 @@ def reference_gradients(
     collate_fn = collate_fn or default_collate
     device = next(model.parameters()).device
     gradients = {name: [] for name in weights}
-    with _frozen(model) as as_found:
+    with frozen(model) as as_found:
         for parameter, required in as_found.items():
             parameter.requires_grad_(required)
         for index in range(len(dataset)):
@@ -324,7 +324,7 @@ def reference_gradients(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[dict[nn.Parameter, bool]]:
+def frozen(model: nn.Module) -> Iterator[dict[nn.Parameter, bool]]:
     """Within, no parameter requires a gradient, so that autograd computes none of a weight, and the model is
     evaluated. Yields what each parameter required; all of that, and ``.grad``, is as before on leaving."""
     parameters = list(model.parameters())

@@ -153,6 +153,10 @@ class Recorder:
         values = gradients.view(self.size, -1)
         self.found[name] = self.found[name] + values if name in self.found else values
 
+    def _take(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        """What went into a matrix, and what came back."""
+        self._add(name, row_gradients(module, inputs, gradient, self.size * self.parts))
+
     def _break(self, names, why: str) -> None:
         self.broken |= dict.fromkeys(names, why)
 
@@ -184,7 +188,7 @@ class Recorder:
             if inputs._version != version:
                 self._break([name], "what goes into its module is changed in place afterwards")
             elif not self._sees_other_rows([name], len(inputs) if inputs.dim() > 1 else 0):
-                self._add(name, row_gradients(module, inputs, gradient, self.size * self.parts))
+                self._take(name, module, inputs, gradient)
 
         self._waiting[module] += 1
         begins, output = self._handed_on(module, output)

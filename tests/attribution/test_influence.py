@@ -6,11 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from layered import SHAPES, Layers, Streamed, gradients, pair
+from layered import FACTORS, SHAPES, Layers, Streamed, factors_of, gradients, pair
+from scipy import stats
 
 import datainf
 from datainf import scaling
-from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled, takes_shape
+from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled, takes
 from datainf.errors import InputError
 from datainf.storage.rows import Rows, double_on, gram, second_moment
 
@@ -47,11 +48,10 @@ def oracle(method: str, G: torch.Tensor, V: torch.Tensor, lam: float) -> torch.T
         if method == "lissa_scaled":
             step = 1 / (largest_eigenvalue(G) + lam)
             return step * iterate(step * H, v)
-        if method == "kronecker":
-            out, width = SHAPES[d]
-            matrices = [g.view(out, width) for g in G]
-            U = torch.linalg.eigh(sum(g @ g.T for g in matrices)).eigenvectors
-            W = torch.linalg.eigh(sum(g.T @ g for g in matrices)).eigenvectors
+        if method in ("kronecker", "ekfac"):
+            matrices = [g.view(SHAPES[d]) for g in G]
+            sides = [sum(g @ g.T for g in matrices), sum(g.T @ g for g in matrices)]
+            U, W = (torch.linalg.eigh(side).eigenvectors for side in (sides, factors_of(SHAPES[d]))[method == "ekfac"])
             basis = torch.kron(U, W)  # whose columns are vectors of d
             return basis @ torch.diag(1 / (torch.diag(basis.T @ (H - lam * identity) @ basis) + lam)) @ basis.T @ v
         if method == "generalized_fisher":
@@ -72,7 +72,8 @@ def oracle(method: str, G: torch.Tensor, V: torch.Tensor, lam: float) -> torch.T
 def of_layer(method: str, d: int):
     """The method as a function of G, V and lam alone."""
     function = METHODS[method]
-    return partial(function, shape=SHAPES[d]) if takes_shape(function) else function
+    told = {"shape": SHAPES[d], "factors": factors_of(SHAPES[d])}
+    return partial(function, **{name: value for name, value in told.items() if takes(function, name)})
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -165,7 +166,7 @@ def test_influence_sums_layers_with_the_sign_of_the_paper(method):
         for j in range(4):
             for k in range(9):
                 expected[j, k] -= R[j] @ G[k]
-    assert relative_error(datainf.influence(train, query, method=method), expected) <= 1e-10
+    assert relative_error(datainf.influence(train, query, method=method, factors=FACTORS), expected) <= 1e-10
 
 
 def test_the_two_halves_make_the_whole():
@@ -179,14 +180,14 @@ def test_positive_means_harmful():
     v = gradients(1, 8)
     G = torch.cat([v, -v, gradients(6, 8, seed=3)])
     for method in ("hessian_free", "datainf", "exact", "lissa_scaled"):
-        scores = datainf.influence({"layer": G}, {"layer": v}, method=method)
+        scores = datainf.influence({"layer": G}, {"layer": v}, method=method, factors=FACTORS)
         assert scores[0, 0] < 0 < scores[0, 1]
 
 
 def least_memory(train, query, method) -> int:
     """What the refusal of too little memory says is needed."""
     with pytest.raises(ValueError, match=r"memory=.* is too little: .* needs at least") as refused:
-        datainf.influence(train, query, method=method, memory=1)
+        datainf.influence(train, query, method=method, factors=FACTORS, memory=1)
     number, unit = re.search(r"at least ([\d.]+)(k?)B", str(refused.value)).groups()
     return int(float(number) * (1000 if unit else 1))
 
@@ -197,9 +198,11 @@ def test_memory_bounds_the_tensors_and_not_the_result(method, more):
     """From the least that is accepted: blocks of one row, one query at a time."""
     train, query = (Streamed(side) for side in pair(n=50, m=20))
     memory = int(more * least_memory(train, query, method))
-    whole = datainf.influence(*pair(n=50, m=20), method=method)
+    whole = datainf.influence(*pair(n=50, m=20), method=method, factors=FACTORS)
     found = []
-    peak = scaling.peak_bytes(lambda: found.append(datainf.influence(train, query, method=method, memory=memory)))
+    peak = scaling.peak_bytes(
+        lambda: found.append(datainf.influence(train, query, method=method, factors=FACTORS, memory=memory))
+    )
     assert relative_error(found[0], whole) <= 1e-10
     assert peak <= memory
 
@@ -212,11 +215,12 @@ def test_memory_bounds_what_a_store_on_disk_takes(method, dtype, tmp_path):
         sides.append(
             datainf.GradientStore(side, shapes=side.shapes).save(tmp_path / name, shard_bytes=16 * 66 * dtype.itemsize)
         )
-    whole = datainf.influence(*sides, method=method)
+    whole = datainf.influence(*sides, method=method, factors=FACTORS)
     least = least_memory(*sides, method)
     for memory in (least, 2 * least):
         found = []
-        peak = scaling.peak_bytes(lambda: found.append(datainf.influence(*sides, method=method, memory=memory)))  # noqa: B023
+        options = {"method": method, "factors": FACTORS, "memory": memory}
+        peak = scaling.peak_bytes(lambda: found.append(datainf.influence(*sides, **options)))  # noqa: B023
         assert relative_error(found[0], whole) <= 1e-6
         assert peak <= memory
 
@@ -225,7 +229,9 @@ def test_memory_bounds_what_a_store_on_disk_takes(method, dtype, tmp_path):
 def test_memory_bounds_self_influence(method):
     train, _ = pair(n=50)
     memory = 2 * least_memory(Streamed(train), Streamed(train), method)
-    peak = scaling.peak_bytes(lambda: datainf.self_influence(Streamed(train), method=method, memory=memory))
+    peak = scaling.peak_bytes(
+        lambda: datainf.self_influence(Streamed(train), method=method, factors=FACTORS, memory=memory)
+    )
     assert peak <= memory
 
 
@@ -268,8 +274,35 @@ def test_rows_product_shapes():
 def test_permuting_examples_permutes_scores(method):
     train, query = pair()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
-    permuted = datainf.influence(Layers({name: G[order] for name, G in train.items()}), query, method=method)
-    torch.testing.assert_close(permuted, datainf.influence(train, query, method=method)[:, order])
+    permuted = datainf.influence(
+        Layers({name: G[order] for name, G in train.items()}), query, method=method, factors=FACTORS
+    )
+    torch.testing.assert_close(permuted, datainf.influence(train, query, method=method, factors=FACTORS)[:, order])
+
+
+@pytest.mark.parametrize("method", ["datainf", "kronecker"])
+def test_ranks_add_up_layer_by_layer(method):
+    """Equal scores have equal ranks; a layer may be as small as it likes."""
+    train, query = pair()
+    for G in train.values():
+        G[3] = G[5]
+    train["a"] *= 1e-3
+    query["a"] *= 1e-3
+    found = datainf.influence(train, query, method=method, aggregate="ranks")
+    expected = 0
+    for name, G in train.items():
+        alone = Layers({name: G})
+        scores = datainf.influence(alone, {name: query[name]}, method=method)
+        expected = expected + (2 * stats.rankdata(scores, axis=1) - 1 - len(G)) / len(G)
+    assert np.allclose(found, expected)
+    assert torch.equal(found[:, 3], found[:, 5])
+
+
+def test_ranks_are_refused_where_there_are_no_layers():
+    with pytest.raises(InputError, match="aggregate must be 'sum' or 'ranks', not 'mean'"):
+        datainf.influence(*pair(), aggregate="mean")
+    with pytest.raises(InputError, match="joint takes all layers together, so that there are no ranks to add"):
+        datainf.influence(*pair(), "joint", aggregate="ranks")
 
 
 def test_scores_are_linear_in_the_query():
@@ -284,8 +317,8 @@ def test_scores_are_linear_in_the_query():
 @pytest.mark.parametrize("memory", [None, 12_000])
 def test_self_influence_is_the_diagonal_and_never_positive(method, memory):
     train, _ = pair()
-    found = datainf.self_influence(train, method=method, memory=memory)
-    torch.testing.assert_close(found, datainf.influence(train, train, method=method).diagonal())
+    found = datainf.self_influence(train, method=method, factors=FACTORS, memory=memory)
+    torch.testing.assert_close(found, datainf.influence(train, train, method=method, factors=FACTORS).diagonal())
     assert (found <= 0).all()
 
 
@@ -306,21 +339,26 @@ def test_h_may_be_of_other_rows(method):
     """With the rows of `curvature`, H and the damping are theirs; with the training rows themselves nothing changes."""
     train, query = pair()
     other = Layers({name: 2 * gradients(13, G.shape[1], seed=20) for name, G in train.items()})
-    found = datainf.influence(train, query, method=method, curvature=other)
+    found = datainf.influence(train, query, method=method, factors=FACTORS, curvature=other)
     expected = torch.zeros(4, 9, dtype=torch.float64)
     for name, C in other.items():
         expected -= oracle(method, C, query[name], layer_damping(C)) @ train[name].T
     assert relative_error(found, expected) <= 1e-10
-    R = datainf.ihvp(train, query, method=method, curvature=other)
+    R = datainf.ihvp(train, query, method=method, factors=FACTORS, curvature=other)
     torch.testing.assert_close(datainf.scores(train, R), found)
     same = Layers({name: G.clone() for name, G in train.items()})
     torch.testing.assert_close(
-        datainf.influence(train, query, method=method, curvature=same), datainf.influence(train, query, method=method)
+        datainf.influence(train, query, method=method, factors=FACTORS, curvature=same),
+        datainf.influence(train, query, method=method, factors=FACTORS),
     )
     streamed = (Streamed(side) for side in (train, query))
-    torch.testing.assert_close(datainf.influence(*streamed, method=method, curvature=Streamed(other)), found)
-    of_own = datainf.self_influence(train, method=method, curvature=other)
-    torch.testing.assert_close(of_own, datainf.influence(train, train, method=method, curvature=other).diagonal())
+    torch.testing.assert_close(
+        datainf.influence(*streamed, method=method, factors=FACTORS, curvature=Streamed(other)), found
+    )
+    of_own = datainf.self_influence(train, method=method, factors=FACTORS, curvature=other)
+    torch.testing.assert_close(
+        of_own, datainf.influence(train, train, method=method, factors=FACTORS, curvature=other).diagonal()
+    )
 
 
 def test_what_makes_h_is_looked_at():
@@ -340,7 +378,7 @@ def test_what_makes_h_is_looked_at():
 def test_a_matrix_whose_shape_nobody_knows_is_refused(method):
     train, query = pair()
     with pytest.raises(InputError, match=f"{method} must know which matrix layer 'a' is of: give a GradientStore"):
-        datainf.influence(dict(train), query, method=method)
+        datainf.influence(dict(train), query, method=method, factors=FACTORS)
 
 
 def test_kronecker_is_exact_for_vectors():
@@ -383,7 +421,7 @@ def test_what_takes_all_layers_together_has_no_r_of_a_layer():
     train, query = pair()
     for method in ("joint", "cosine"):
         with pytest.raises(InputError, match=f"{method} takes all layers together and gives no R of a layer"):
-            datainf.ihvp(train, query, method=method)
+            datainf.ihvp(train, query, method=method, factors=FACTORS)
     with pytest.raises(ValueError, match="layer 'b' is missing from the query gradients"):
         datainf.influence(train, {name: V for name, V in query.items() if name != "b"}, method="joint")
 
@@ -553,6 +591,6 @@ def test_scores_of_a_gpu_whose_float64_is_left_to_the_cpu(shape, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_gpu_equals_cpu(method):
     train, query = pair()
-    on_gpu = datainf.influence(train, query, method=method, device="cuda")
+    on_gpu = datainf.influence(train, query, method=method, factors=FACTORS, device="cuda")
     assert on_gpu.device.type == "cuda"
-    assert relative_error(on_gpu.cpu(), datainf.influence(train, query, method=method)) <= 1e-10
+    assert relative_error(on_gpu.cpu(), datainf.influence(train, query, method=method, factors=FACTORS)) <= 1e-10

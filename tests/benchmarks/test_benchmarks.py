@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import datainf
-from benchmarks import published
+from benchmarks import peers, published
 from benchmarks.common import Stages
 from datainf.models.losses import classification
 from datainf.study.provenance import ROOT
@@ -44,6 +44,18 @@ def test_the_papers_sizes(tmp_path):
 def test_side_by_side(tmp_path):
     record = run("side_by_side", "--n", "24", "--m", "4", "--repeats", "1", output=tmp_path / "record.csv")
     assert set(record["library"]) == {"training step", "ours", "published way", "kronfluence", "dattri"}
+
+
+@pytest.mark.skipif(not find_spec("kronfluence"), reason="needs the extra 'peers'")
+def test_ekfac_is_that_of_kronfluence(make_model, token_examples, pad_collate, tmp_path):
+    model = make_model("roberta").eval()
+    train, queries = token_examples[:8], token_examples[8:]
+    found = peers.kronfluence_scores(model, train, queries, pad_collate, "ekfac", Stages(), tmp_path)
+    options = {"collate_fn": pad_collate}
+    G, V = (datainf.per_sample_gradients(model, part, classification, **options) for part in (train, queries))
+    factors = datainf.kronecker_factors(model, train, classification, **options)
+    ours = datainf.influence(G, V, "ekfac", factors=factors)
+    assert torch.corrcoef(torch.stack([found.flatten(), ours.flatten()]))[0, 1] > 0.9999
 
 
 @pytest.mark.parametrize("method", ["hessian_free", "datainf"])

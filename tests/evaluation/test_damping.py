@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layered import Layers, Streamed, gradients, pair
+from layered import FACTORS, Layers, Streamed, gradients, pair
 
 import datainf
 from datainf.errors import InputError
@@ -24,10 +24,10 @@ def test_every_point_is_the_method_itself(method, n, kind):
         other = Layers({name: 0.5 * gradients(13, G.shape[1], seed=20) for name, G in train.items()})
         other = Layers({name: rows * (1e-2 if method == "lissa" else 1) for name, rows in other.items()})
     sides = [Streamed(side) if kind == "streamed" else side for side in (train, query)]
-    found = damping_path(*sides, method, DAMPINGS, curvature=other)
+    found = damping_path(*sides, method, DAMPINGS, curvature=other, factors=FACTORS)
     assert found.shape == (len(DAMPINGS), 4, n) and found.dtype == torch.float64
     for damping, scores in zip(DAMPINGS, found, strict=True):
-        expected = datainf.influence(train, query, method, damping, curvature=other)
+        expected = datainf.influence(train, query, method, damping, curvature=other, factors=FACTORS)
         assert (scores - expected).norm() <= 1e-9 * expected.norm(), damping
 
 

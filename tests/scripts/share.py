@@ -17,7 +17,7 @@ from datainf import processes, progress
 from datainf.models.losses import classification
 from datainf.storage.store import GradientStore
 
-METHODS = ("hessian_free", "datainf", "exact", "lissa_scaled", "kronecker")
+METHODS = ("hessian_free", "datainf", "exact", "lissa_scaled", "kronecker", "ekfac")
 
 
 def extraction(counts: list[int]) -> Callable[..., GradientStore]:
@@ -57,16 +57,22 @@ def work(folder: Path) -> None:
     query = {name: G[-3:] for name, G in train.items()}
     name = next(iter(train))
     one, of_one = GradientStore({name: train[name]}, shapes=train.shapes), {name: query[name]}
+    factors = datainf.kronecker_factors(
+        make_model(), make_examples(12), classification, collate_fn=collate, batch_size=4
+    )
+    found["factors"] = torch.cat([side.flatten() for sides in factors.values() for side in sides])
     layers = set()
     for method in METHODS:
-        found[method] = datainf.influence(train, query, method)
-        found[f"{method} from disk"] = datainf.influence(on_disk, query, method, memory="1MB")
-        R = datainf.ihvp(train, query, method)
+        found[method] = datainf.influence(train, query, method, factors=factors)
+        found[f"{method} from disk"] = datainf.influence(on_disk, query, method, factors=factors, memory="1MB")
+        R = datainf.ihvp(train, query, method, factors=factors)
         layers |= set(R)
         found[f"{method} in halves"] = datainf.scores(train, R)
-        found[f"{method} of itself"] = datainf.self_influence(train, method)
-        found[f"{method} of one layer"] = datainf.influence(one, of_one, method)
-        found[f"{method} of one layer in halves"] = datainf.scores(one, datainf.ihvp(one, of_one, method))
+        found[f"{method} of itself"] = datainf.self_influence(train, method, factors=factors)
+        found[f"{method} of one layer"] = datainf.influence(one, of_one, method, factors=factors)
+        found[f"{method} of one layer in halves"] = datainf.scores(
+            one, datainf.ihvp(one, of_one, method, factors=factors)
+        )
     parts["layers"] = sorted(layers)
     torch.save((found, parts), folder / f"found-{rank}.pt")
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from layered import factors_of
 from safetensors.torch import save_file
 
 import datainf
@@ -82,8 +83,9 @@ def test_no_layer_is_read_whole_where_blocks_will_do(tmp_path, monkeypatch):
 def test_influence_reads_a_store_on_disk_in_blocks(tmp_path, method):
     train, query = example_store(), example_store(4)
     on_disk = train.save(tmp_path / "store", shard_bytes=3 * 9 * 4)
-    expected = datainf.influence(train, query, method=method)
-    found = datainf.influence(on_disk, query, method=method, memory=4000)
+    factors = {name: factors_of(shape) for name, shape in train.shapes.items()}
+    expected = datainf.influence(train, query, method=method, factors=factors)
+    found = datainf.influence(on_disk, query, method=method, factors=factors, memory=4000)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

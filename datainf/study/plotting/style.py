@@ -39,6 +39,7 @@ METHOD_STYLE = {
     "exact@10": ("Exact, damping 10", "#5A5A5A", "H"),
     "kronecker": ("Kronecker", "#117733", "$K$"),
     "kronecker@1": ("Kronecker, damping 1", "#2E8B57", "$k$"),
+    "ekfac": ("EK-FAC", "#882255", "$E$"),
     "generalized_fisher": ("Generalized Fisher", "#44AA99", "$F$"),
     "generalized_fisher@1": ("Generalized Fisher, damping 1", "#6FC2B4", "$f$"),
     "exact_by_inversion": ("Exact, by inversion", "#6F6F6F", "h"),
