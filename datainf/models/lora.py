@@ -27,7 +27,7 @@ from transformers.utils import logging
 from datainf import demo, progress
 from datainf.errors import InputError
 from datainf.models import losses
-from datainf.models.training import Recipe, Training, train
+from datainf.models.training import Recipe, Training, Watch, train
 from datainf.storage.files import write_whole
 
 ADAPTER, HISTORY, ORIGIN, CHECKPOINTS = "adapter", "history.csv", "origin.json", "checkpoints"
@@ -212,7 +212,12 @@ def fine_tune(
 
 
 def retrain(
-    training: Training, kept: Bool[np.ndarray, " n"], *, same_batches: bool = False, order: int | None = None
+    training: Training,
+    kept: Bool[np.ndarray, " n"],
+    *,
+    same_batches: bool = False,
+    order: int | None = None,
+    watch: Watch | None = None,
 ) -> PeftModel:
     """Fine-tune anew as `fine_tune` did, but without some of the training examples; nothing is written.
 
@@ -224,6 +229,7 @@ def retrain(
         same_batches: leave the others where they are in the batches, with weight 0, so that nothing else changes. By
             default the batches are of the kept examples alone, drawn anew.
         order: the seed of the order of examples and of dropout; by default the recipe's.
+        watch: see `training.train`.
 
     Raises:
         InputError: no example is kept.
@@ -232,7 +238,7 @@ def retrain(
         raise InputError("No example is kept to train on.")
     examples, loss = training.examples, training.loss
     if same_batches:
-        examples = _weighted(examples, kept.astype("float32").tolist())
+        examples = with_column(examples, losses.WEIGHT, kept.astype("float32").tolist())
         loss = losses.weighted(loss or losses.OF_TRAINING[training.task_type])
     elif not kept.all():
         examples = _some(examples, np.flatnonzero(kept))
@@ -243,7 +249,7 @@ def retrain(
     )
     adapted = attach_adapter(training.load(), training.recipe, training.task_type)
     with progress.off():
-        train(adapted, again, None)
+        train(adapted, again, None, watch)
     return on_device(adapted.eval())
 
 
@@ -251,10 +257,11 @@ def _some(examples: Sequence, places: Sequence[int]) -> Sequence:
     return examples.select(places) if isinstance(examples, Dataset) else [examples[place] for place in places]
 
 
-def _weighted(examples: Sequence, weights: list[float]) -> Sequence:
+def with_column(examples: Sequence, name: str, values: list) -> Sequence:
+    """The examples, each with one thing more."""
     if isinstance(examples, Dataset):
-        return examples.add_column(losses.WEIGHT, weights)
-    return [example | {losses.WEIGHT: weight} for example, weight in zip(examples, weights, strict=True)]
+        return examples.add_column(name, values)
+    return [example | {name: value} for example, value in zip(examples, values, strict=True)]
 
 
 def on_device(model: PeftModel) -> PeftModel:

@@ -17,6 +17,8 @@ from datainf import progress
 from datainf.errors import InputError
 from datainf.gradients.per_sample import LossFn
 
+Watch = Callable[[Trainer, dict, Any], None]
+
 REPORTS = 5
 """How often a training that counts steps is evaluated and saved."""
 
@@ -93,11 +95,12 @@ class Training:
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
 
 
-def train(model: PeftModel, training: Training, checkpoints: Path | None) -> pd.DataFrame:
+def train(model: PeftModel, training: Training, checkpoints: Path | None, watch: Watch | None = None) -> pd.DataFrame:
     """Train `model`, the base with its adapter, in place.
 
     Args:
         checkpoints: a folder to go on from the last checkpoint that is there, and to keep others in; None keeps none.
+        watch: is shown the Trainer and each batch before it is trained on.
 
     Returns:
         The curve, one row per epoch, or `REPORTS` in all where the recipe counts steps: see `lora.FineTuned`.
@@ -111,7 +114,7 @@ def train(model: PeftModel, training: Training, checkpoints: Path | None) -> pd.
             data_collator=training.collate,
             compute_metrics=training.compute_metrics,
         )
-        trainer.loss = training.loss
+        trainer.loss, trainer.watch = training.loss, watch
         # Only a language model divides its loss by all the tokens of a batch in parts. Other losses are means, and
         # without this the Trainer would add them up.
         trainer.model_accepts_loss_kwargs = training.task_type == "CAUSAL_LM"
@@ -161,6 +164,12 @@ class _Trainer(Trainer):
     """The Trainer, with a loss of one's own."""
 
     loss: LossFn | None = None
+    watch: Watch | None = None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.watch is not None:
+            self.watch(self, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.loss is None:
