@@ -33,6 +33,8 @@ class Recipe:
         accumulate: how many parts each batch is taken in, one after another, with the gradients added up: the same
             fine-tuning in less memory.
         steps: optimisation steps; 0 means as many as `epochs` take.
+        adam_epsilon: Adam divides by a gradient's typical size plus this. Where it is larger, numbers whose gradient is
+            near zero move less by chance, so that the result depends on an example's weight more smoothly.
         bf16: fine-tune in bfloat16 mixed precision; gradients are taken in float32 all the same.
 
     Raises:
@@ -48,6 +50,7 @@ class Recipe:
     batch_size: int = 32
     accumulate: int = 1
     steps: int = 0
+    adam_epsilon: float = 1e-8
     seed: int = 0
     bf16: bool = False
 
@@ -59,8 +62,9 @@ class Recipe:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
         if self.batch_size % self.accumulate:
             raise InputError(f"accumulate must divide batch_size, {self.batch_size}, which {self.accumulate} does not.")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be positive, not {self.learning_rate!r}.")
+        for name in ("learning_rate", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive, not {getattr(self, name)!r}.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be a share from 0 up to 1, not {self.dropout!r}.")
 
@@ -138,6 +142,7 @@ def _arguments(training: Training, folder: Path, *, saves: bool) -> TrainingArgu
     return TrainingArguments(
         output_dir=str(folder),
         learning_rate=recipe.learning_rate,
+        adam_epsilon=recipe.adam_epsilon,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.steps or -1,
         per_device_train_batch_size=recipe.part_size,
