@@ -13,7 +13,8 @@ from datainf.models import causal_lm, classifier, diffusion, lora, losses, traje
 from datainf.models.lora import Recipe
 from datainf.models.training import Training
 
-N, EPSILON = 24, 2**-10  # a weight of 1 + EPSILON is a float32 number
+N = 24
+FINE, COARSE = 2**-13, 2**-7  # how far a weight is changed; 1 + that is a float32 number, as weights are
 
 
 def in_double(training: Training) -> Training:
@@ -46,27 +47,29 @@ def loss_with(training: Training, weights: np.ndarray, queries, loss_fn, collate
         return np.array([loss_fn(model, collate([query])).item() for query in queries])
 
 
-def difference_quotient(training: Training, example: int, *queries) -> np.ndarray:
+def difference_quotient(training: Training, example: int, by: float, *queries) -> np.ndarray:
     """n times what a query's loss changes by for one example's weight, from two fine-tunings."""
     n = len(training.examples)
     either = []
     for sign in (1, -1):
         weights = np.ones(n)
-        weights[example] += sign * EPSILON
+        weights[example] += sign * by
         either.append(loss_with(training, weights, *queries))
-    return n * (either[0] - either[1]) / (2 * EPSILON)
+    return n * (either[0] - either[1]) / (2 * by)
 
 
-def test_it_is_the_limit_of_retrainings(classification, recorded):
-    """Of the mean query and of each; the example that matters most, and another."""
+@pytest.mark.parametrize(("adam_epsilon", "tolerance"), [(1e-8, 1e-2), (1e-3, 1e-5)])
+def test_it_is_the_limit_of_retrainings(classification, adam_epsilon, tolerance):
+    """Of the mean query and of each, for the example that matters most."""
     tuned, training = classification
-    of_each = unrolled(recorded, tuned.query, losses.classification, collate_fn=tuned.collate)
-    of_mean = unrolled(recorded, tuned.query, losses.classification, collate_fn=tuned.collate, mean=True)
+    training = replace(training, recipe=replace(training.recipe, adam_epsilon=adam_epsilon))
+    recorded, queries = trajectory.record(training), (tuned.query, losses.classification)
+    of_each = unrolled(recorded, *queries, collate_fn=tuned.collate)
+    of_mean = unrolled(recorded, *queries, collate_fn=tuned.collate, mean=True)
     torch.testing.assert_close(of_mean[0], of_each.mean(dim=0))
-    for example in (int(of_mean.abs().argmax()), 3):
-        expected = difference_quotient(training, example, tuned.query, losses.classification, tuned.collate)
-        found = of_each[:, example].numpy()
-        assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)
+    example = int(of_mean.abs().argmax())
+    expected = difference_quotient(training, example, FINE, *queries, tuned.collate)
+    assert np.linalg.norm(of_each[:, example].numpy() - expected) <= tolerance * np.linalg.norm(expected)
 
 
 def test_the_recorded_fine_tuning_is_the_one_that_retrain_does(classification, recorded):
@@ -87,23 +90,26 @@ def test_the_model_is_left_as_it_was_at_the_end(classification, recorded):
 
 
 def test_of_a_language_model(tmp_path):
-    """Whose loss is divided by a batch's tokens."""
+    """Whose loss is divided by a batch's tokens. It normalizes in float32 whatever its weights are, and Adam with its
+    usual epsilon would make a difference of rounding into one of whole steps."""
     task = text.load("math_without_reasoning", n_train=2, n_test=1, seed=0)
-    recipe = Recipe(rank=2, alpha=32, targets=("q_proj", "v_proj"), epochs=1, learning_rate=0.003, batch_size=8)
+    recipe = Recipe(
+        rank=2, alpha=32, targets=("q_proj", "v_proj"), epochs=1, learning_rate=0.003, adam_epsilon=0.01, batch_size=8
+    )
     tuned = causal_lm.fine_tune("demo-llama", task, recipe, folder=tmp_path)
     training, queries = in_double(tuned.training), tuned.query.select([0, 5])
     found = unrolled(trajectory.record(training), queries, losses.completion, collate_fn=tuned.collate)
     example = int(found.abs().sum(dim=0).argmax())
-    expected = difference_quotient(training, example, queries, losses.completion, tuned.collate)
+    expected = difference_quotient(training, example, COARSE, queries, losses.completion, tuned.collate)
     assert np.linalg.norm(found[:, example].numpy() - expected) <= 1e-3 * np.linalg.norm(expected)
 
 
 def test_of_a_diffusion_model(tmp_path):
     """In float32, in which its noise is drawn."""
-    task = images.load("demo-styles", n_train=4, n_test=1, size=16, seed=0)
-    recipe = Recipe(rank=1, dropout=0.0, targets=("to_q", "to_k", "to_v", "to_out.0"), steps=4, batch_size=6)
+    task = images.load("demo-style", n_train=3, n_test=1, size=32)
+    recipe = Recipe(rank=1, dropout=0.0, targets=("to_q", "to_out.0"), steps=4, batch_size=4)
     tuned = diffusion.fine_tune("demo-diffusion", task, recipe, folder=tmp_path)
-    found = unrolled(trajectory.record(tuned.training), tuned.query[:1], losses.denoising, collate_fn=tuned.collate)
+    found = unrolled(trajectory.record(tuned.training), [tuned.query[0]], losses.denoising, collate_fn=tuned.collate)
     assert found.shape == (1, len(tuned.train)) and found.isfinite().all() and found.any()
 
 
