@@ -294,6 +294,8 @@ def _check_origin(path: Path, origin: Mapping[str, object]) -> None:
         write_whole(path, written)
         return
     wanted, found = json.loads(written), json.loads(path.read_text(encoding="utf8"))
+    # A part of a recipe that an earlier version of this package did not know was as it is by default.
+    found["recipe"] = json.loads(json.dumps(asdict(Recipe()))) | found.get("recipe", {})
     if found != wanted:
         differs = " and ".join(name for name in wanted if found.get(name) != wanted[name])
         raise InputError(
