@@ -7,6 +7,7 @@ numeric code changed; prose and layout may change freely. Records go to results/
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import papermill
@@ -74,21 +75,28 @@ def run_parameters(wildcards):
     one = {"rank": int(wildcards.rank), "seed": int(wildcards.seed)}
     if wildcards.experiment == "image_identification" and wildcards.seed == "0":  # one seed's pictures are kept
         one["figures"] = f"{RESULTS}/figures"
-    return settings(wildcards.experiment, wildcards.dataset) | one
+    given = settings(wildcards.experiment, wildcards.dataset) | one
+    return {name: value for name, value in given.items() if name in parameters_of(notebook(wildcards.experiment))}
 
 
-def refuse_unknown(path, given):
-    """papermill lets unknown parameters through with a warning: compare the names before anything runs."""
-    if unknown := set(given) - papermill.inspect_notebook(path).keys():
-        raise WorkflowError(f"{path} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets.")
+@cache
+def parameters_of(path):
+    """The names of a notebook's parameters."""
+    return papermill.inspect_notebook(path).keys()
+
+
+def refuse_unknown(paths, given):
+    """papermill lets unknown parameters through with a warning: compare the names, with those of all notebooks that
+    share them, before anything runs."""
+    if unknown := set(given).difference(*map(parameters_of, paths)):
+        raise WorkflowError(f"{paths[0]} has no parameter {sorted(unknown)[0]!r}, which config/{SCALE}.yaml sets.")
 
 
 try:
     for experiment in sweep.EXPERIMENTS:
         own, name = section(experiment), sweep.DATASET[section_of(experiment)]
-        refuse_unknown(
-            notebook(experiment), set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values())
-        )
+        sharing = [notebook(each) for each in sweep.EXPERIMENTS if section_of(each) == section_of(experiment)]
+        refuse_unknown(sharing, set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values()))
         for grid in grids(experiment):
             for dataset in grid[name]:
                 settings(experiment, dataset)
@@ -98,7 +106,7 @@ lessons = {lesson: given or {} for lesson, given in (config.get("lessons") or {}
 for lesson, given in lessons.items():
     if lesson not in sweep.LESSONS:
         raise WorkflowError(f"There is no lesson {lesson!r}, which config/{SCALE}.yaml names: {', '.join(sweep.LESSONS)}.")
-    refuse_unknown(notebook(lesson), given)
+    refuse_unknown([notebook(lesson)], given)
 
 JOBS = section("ground_truth").get("jobs", 0)
 PART = RESULTS + "/logs/{experiment}-{dataset}-r{rank}-s{seed}-part{part}.done"
@@ -129,10 +137,11 @@ def records(experiments):
 
 
 def earlier(wildcards):
-    """Detection runs after the approximation error of the same run: it finds that run's gradients in the cache. Ground
-    truth, where its section has `jobs`, after the parts of its retrainings, which as many jobs do."""
-    if wildcards.experiment == "mislabeled_detection":
-        return RECORD.replace("{experiment}", "approximation_error")
+    """Detection runs after the approximation error of the same run: it finds that run's gradients in the cache. So does
+    the notebook of Hessians after the ground truth, whose retrainings it takes; and that, where its section has `jobs`,
+    after the parts of its retrainings, which as many jobs do."""
+    if wildcards.experiment in sweep.AFTER:
+        return RECORD.replace("{experiment}", sweep.AFTER[wildcards.experiment])
     if wildcards.experiment == "ground_truth":
         return [PART.replace("{part}", str(part)) for part in range(JOBS)]
     return []

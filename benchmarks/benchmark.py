@@ -30,7 +30,8 @@ from benchmarks.common import (
     write,
 )
 from datainf import per_sample_gradients, reference_gradients
-from datainf.attribution.methods import datainf, exact, layer_damping
+from datainf.attribution.damping import layer_damping
+from datainf.attribution.methods import datainf, exact
 from datainf.models.losses import classification
 
 QUERIES, LAYERS = 100, 4

@@ -5,6 +5,7 @@ query = datainf.per_sample_gradients(model, query_set, loss_fn, collate_fn=...)
 scores = datainf.influence(train, query, method="datainf")    # Tensor (m, n); > 0 is harmful, < 0 helpful
 """
 
+from datainf.attribution.damping import damping_of_training
 from datainf.attribution.estimating import estimate
 from datainf.attribution.influence import METHODS, ihvp, influence, resolve_method, scores, self_influence
 from datainf.gradients.factors import kronecker_factors
@@ -14,6 +15,7 @@ from datainf.storage.store import GradientStore
 __all__ = [
     "METHODS",
     "GradientStore",
+    "damping_of_training",
     "estimate",
     "ihvp",
     "influence",

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datainf import processes, progress
+from datainf.attribution.damping import Damping, check_damping, layer_damping
 from datainf.attribution.inputs import (
     OneLayer,
     check_device,
@@ -44,12 +45,10 @@ from datainf.attribution.methods import (
     OF_ALL_LAYERS,
     SOLVERS,
     Method,
-    check_damping,
     datainf,
     exact,
     hessian_free,
     is_built_in,
-    layer_damping,
     lissa,
     lissa_as_published,
     lissa_scaled,
@@ -83,7 +82,7 @@ def influence(
     train: Mapping[str, Tensor],
     query: Mapping[str, Tensor],
     method: str | Method = "datainf",
-    damping: float = 0.1,
+    damping: Damping = 0.1,
     *,
     curvature: Mapping[str, Tensor] | None = None,
     factors: Mapping[str, Factors] | None = None,
@@ -105,7 +104,7 @@ def influence(
             shape (m, d_l). The methods of this module read G in blocks; a function of yours is given the whole layer
             as one Tensor. One with a parameter ``shape`` is told the layer's (out, in) besides. Two names take all
             layers together: "joint" is exact with one H for all, "cosine" the cosine of the whole gradients, negated.
-        damping: the factor in `layer_damping`.
+        damping: the factor in `layer_damping`, or layer name -> its own, as `damping_of_training` gives.
         curvature: the same layers -> the rows (n', d_l) that H and its damping are made of; by default `train`.
         factors: the same layers -> what `kronecker_factors` finds of them, for "ekfac".
         aggregate: "sum" adds up the layers' scores, as the paper; "ranks" their ranks among the training examples, each
@@ -132,6 +131,8 @@ def influence(
         return _cosine(train, query, device=device, memory=memory)
     if method == "joint":
         check_pair(train, query)
+        if isinstance(damping, Mapping):
+            raise InputError("joint has one damping for all layers: give a number.")
         train, query, curvature = _as_one_layer(train, query, curvature)
         method = exact
     layers = _Layers(train, query, method, damping, device, memory, options, curvature, factors)
@@ -159,7 +160,7 @@ def ihvp(
     train: Mapping[str, Tensor],
     query: Mapping[str, Tensor],
     method: str | Method = "datainf",
-    damping: float = 0.1,
+    damping: Damping = 0.1,
     *,
     curvature: Mapping[str, Tensor] | None = None,
     factors: Mapping[str, Factors] | None = None,
@@ -211,7 +212,7 @@ def scores(
 def self_influence(
     train: Mapping[str, Tensor],
     method: str | Method = "datainf",
-    damping: float = 0.1,
+    damping: Damping = 0.1,
     *,
     curvature: Mapping[str, Tensor] | None = None,
     factors: Mapping[str, Factors] | None = None,
@@ -258,9 +259,9 @@ class _Layers:
 
     def __init__(self, train, query, method, damping, device, memory, options, curvature, factors, in_blocks=False):
         self.method = resolve_method(method, options)
-        check_damping(damping)
         check_device(device)
         check_pair(train, query)
+        check_damping(damping, train)
         if curvature is not None:
             check_pair(train, curvature, "curvature")
         self.train, self.query, self.damping, self.in_blocks = train, query, damping, in_blocks
@@ -304,7 +305,8 @@ class _Layers:
     def _parts(self, name: str, H_rows: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
         rows_of_V = layer_rows(self.query, name, self.device, dtype=H_rows.dtype)
         side = "training" if self.curvature is self.train else "curvature"
-        solve = solver_of(self.method, name, H_rows, self.damping, self.told[name], side)
+        own = self.damping[name] if isinstance(self.damping, Mapping) else self.damping
+        solve = solver_of(self.method, name, H_rows, own, self.told[name], side)
         for rows in slices(self.m, queries):
             V = rows_of_V.tensor(rows)
             check_finite("query", name, square_norms(V), rows.start)

@@ -5,7 +5,6 @@ Those that take the layer's matrix apart are in `attribution.kronecker`.
 """
 
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -156,24 +155,6 @@ def largest_eigenvalue(G: Matrix, iterations: int = 30) -> float:
     for _ in range(iterations):
         u = second_moment(G, u / u.norm())
     return u.norm().item()
-
-
-def layer_damping(G: Matrix, damping: float = 0.1) -> float:
-    """lam_l = damping * (n d_l)^-1 * sum_i ||g_i||^2 (paper section 4): `damping` times H's mean eigenvalue."""
-    check_damping(damping)
-    n, d = G.shape
-    return float(damping) * double(square_norms(G)).sum().item() / (n * d)
-
-
-def check_damping(damping: float) -> None:
-    """Refuse, as an InputError, what is no number above zero."""
-    try:
-        is_good = not isinstance(damping, str | bool) and 0 < float(damping) < math.inf
-    except (TypeError, ValueError, RuntimeError):
-        is_good = False
-    if not is_good:
-        what = "damping must be positive and finite, a number such as 0.1"
-        raise InputError(f"{what}, not {damping!r}: without it H has no inverse when d_l > n.")
 
 
 # --- Names, and memory ------------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from datainf.attribution.damping import check_damping
 from datainf.attribution.inputs import OneLayer, check_finite, check_pair, layer_rows, told
 from datainf.attribution.kronecker import (
     Basis,
@@ -28,7 +30,6 @@ from datainf.attribution.kronecker import (
 )
 from datainf.attribution.methods import (
     Method,
-    check_damping,
     datainf,
     ekfac,
     exact,
@@ -42,6 +43,8 @@ from datainf.attribution.methods import (
     resolve_method,
 )
 from datainf.errors import InputError
+from datainf.evaluation.counterfactual import lds
+from datainf.evaluation.retraining import Bank
 from datainf.progress import bar
 from datainf.storage.rows import Rows, double, gram, square_norms
 
@@ -95,6 +98,12 @@ def damping_path(
             raise InputError(f"Every gradient of layer {name!r} is zero, so that H has no inverse: leave it out.")
         total = total - path(layer, [damping * layer.mean_eigenvalue for damping in dampings], **options)
     return total
+
+
+def best_damping(bank: Bank, path: Float[np.ndarray, "dampings m n"], dampings: Sequence[float]) -> float:
+    """The damping by which the mean LDS over the queries is the largest. It is chosen on these retrainings, so judge it
+    on others. Errors as of `counterfactual.lds`."""
+    return dampings[int(np.argmax([lds(bank, scores).mean() for scores in path]))]
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from filelock import FileLock
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -213,7 +213,7 @@ def fine_tune(
 
 def retrain(
     training: Training,
-    kept: Bool[np.ndarray, " n"],
+    kept: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
     *,
     same_batches: bool = False,
     order: int | None = None,
@@ -225,7 +225,7 @@ def retrain(
     weights are always the same.
 
     Args:
-        kept: which examples are trained on.
+        kept: which examples are trained on; in the same batches also the weight of each, which is 1 as a rule.
         same_batches: leave the others where they are in the batches, with weight 0, so that nothing else changes. By
             default the batches are of the kept examples alone, drawn anew.
         order: the seed of the order of examples and of dropout; by default the recipe's.

@@ -1,5 +1,6 @@
 """Train what is trainable of a model by transformers' Trainer, in a way that any kill leaves resumable."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,14 @@ class Recipe:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)!r}.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be a share from 0 up to 1, not {self.dropout!r}.")
+
+    def number_of_steps(self, n: int) -> int:
+        """Optimisation steps on n examples."""
+        return self.steps or self.epochs * math.ceil(n / self.batch_size)
+
+    def total_learning_rate(self, n: int) -> float:
+        """The sum of the learning rates of all steps, which fall from `learning_rate` linearly to 0."""
+        return self.learning_rate * (self.number_of_steps(n) + 1) / 2
 
     @property
     def part_size(self) -> int:

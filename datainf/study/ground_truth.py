@@ -6,6 +6,7 @@ the notebook is run with the same ones afterwards, it finds the retrainings done
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,14 +20,18 @@ from datasets import Dataset
 from jaxtyping import Float
 
 import datainf
+from datainf.attribution.methods import OF_ALL_LAYERS
 from datainf.data import glue, images, text
 from datainf.errors import InputError
 from datainf.evaluation import baselines, retraining
 from datainf.evaluation.retraining import OWN, SAME, Bank, Retraining
-from datainf.models import causal_lm, classifier, diffusion, lora, losses
+from datainf.models import causal_lm, classifier, diffusion, fisher, lora, losses
 from datainf.models.lora import FineTuned, Recipe
 from datainf.study import parameters, results
 from datainf.study.provenance import ROOT, provenance, rooted
+
+TRAINING = "training"
+"""The damping that a fine-tuning's own recipe asks for: see `damping_of`."""
 
 FACTS = ("commit", "device", "torch", "transformers", "peft", "diffusers")
 """What a row of a bank says of where it was made."""
@@ -76,6 +81,7 @@ def subject(run: Mapping[str, object], folder: str | Path, *, model_seed: int | 
         "batch_size": run["batch_size"],
         "seed": seed if model_seed is None else model_seed,
         "bf16": run["bf16"],
+        "adam_epsilon": run.get("adam_epsilon", Recipe.adam_epsilon),
     }
     dataset, base, n, m = (run[name] for name in ("dataset", "model", "n_train", "n_query"))
     if family == "classification":
@@ -127,11 +133,69 @@ def gradients(
 
 
 def influence(
-    train: datainf.GradientStore, query: datainf.GradientStore, method: str, damping: float
+    train: datainf.GradientStore,
+    query: datainf.GradientStore,
+    method: str,
+    damping: float,
+    factors: Mapping[str, tuple] | None = None,
+    of_training: Mapping[str, float] | None = None,
 ) -> Float[np.ndarray, "m n"]:
-    """Scores by a method's name, which may bring its own damping, as in exact@10."""
-    name, _, own = method.partition("@")
-    return datainf.influence(train, query, name, float(own or damping)).double().cpu().numpy()
+    """Scores by a method's name, which may bring its own damping and how layers are added up, as in exact@10+ranks.
+
+    Args:
+        factors: for EK-FAC; see `factors_of`.
+        of_training: what a method @training is damped by; see `damping_of`.
+    """
+    name, own, aggregate = in_parts(method)
+    chosen = of_training if own == TRAINING else own or damping
+    found = datainf.influence(train, query, name, chosen, factors=factors, aggregate=aggregate)
+    return found.double().cpu().numpy()
+
+
+def damping_of(chosen: Subject, train: datainf.GradientStore) -> dict[str, float]:
+    """The damping of the subject's own recipe, layer by layer."""
+    recipe = chosen.tuned.training.recipe
+    return datainf.damping_of_training(train, recipe.total_learning_rate(len(chosen.tuned.train)), recipe.batch_size)
+
+
+def in_parts(method: str) -> tuple[str, float | str | None, str]:
+    """The method, its damping where it brings one, and how layers are added up.
+
+    Raises:
+        InputError: there is no such method, or what follows its name is neither @ and a damping nor +ranks.
+    """
+    found = re.fullmatch(r"([^@+]*)(?:@([^+]*))?(\+ranks)?", method)
+    try:
+        name, own = found[1], found[2] if found[2] in (None, TRAINING) else float(found[2])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"A method is a name such as exact, exact@10, exact@training or exact@10+ranks, not {method!r}."
+        ) from error
+    if name not in OF_ALL_LAYERS:
+        datainf.resolve_method(name)
+    return name, own, "ranks" if found[3] else "sum"
+
+
+def factors_of(chosen: Subject, run: Mapping[str, object]) -> dict[str, tuple]:
+    """What EK-FAC wants of the training examples."""
+    tuned = chosen.tuned
+    return datainf.kronecker_factors(
+        tuned.model, tuned.train, chosen.loss_fn, collate_fn=tuned.collate, batch_size=run["batch_size"]
+    )
+
+
+def true_fisher(chosen: Subject, run: Mapping[str, object], folder: str | Path) -> datainf.GradientStore | None:
+    """The rows of the true Fisher information, kept in a folder: of a classifier by all labels, of a language model by
+    a sampled response; None of a family whose loss is no likelihood."""
+    tuned = chosen.tuned
+    if chosen.loss_fn is losses.classification:
+        examples, loss_fn = fisher.with_every_label(tuned.train), fisher.of_every_label
+    elif chosen.loss_fn is losses.completion:
+        examples, loss_fn = tuned.train, fisher.sampled_completion
+    else:
+        return None
+    take = {"collate_fn": tuned.collate, "batch_size": run["batch_size"], "store": Path(folder) / "fisher"}
+    return datainf.per_sample_gradients(tuned.model, examples, loss_fn, **take)
 
 
 def baselines_of(

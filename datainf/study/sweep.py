@@ -18,8 +18,13 @@ EXPERIMENTS = {
     "text_identification": ("30_text_identification", "text"),
     "image_identification": ("40_image_identification", "images"),
     "ground_truth": ("70_ground_truth", "ground_truth"),
+    "which_hessian": ("71_which_hessian", "ground_truth"),
 }
-"""Experiment -> its notebook, and the section of a configuration that has its parameters and its grid."""
+"""Experiment -> its notebook, and the section of a configuration that has its parameters and its grid. Of a section's
+parameters a notebook is given those that it has."""
+
+AFTER = {"mislabeled_detection": "approximation_error", "which_hessian": "ground_truth"}
+"""Experiment -> that whose work on the same run it takes up."""
 
 LESSONS = {
     "leave_one_out": "00_influence_functions",

@@ -11,7 +11,8 @@ from scipy import stats
 
 import datainf
 from datainf import scaling
-from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, layer_damping, lissa_scaled, takes
+from datainf.attribution.damping import layer_damping
+from datainf.attribution.methods import METHODS, exact, largest_eigenvalue, lissa_scaled, takes
 from datainf.errors import InputError
 from datainf.storage.rows import Rows, double_on, gram, second_moment
 
@@ -303,6 +304,44 @@ def test_ranks_are_refused_where_there_are_no_layers():
         datainf.influence(*pair(), aggregate="mean")
     with pytest.raises(InputError, match="joint takes all layers together, so that there are no ranks to add"):
         datainf.influence(*pair(), "joint", aggregate="ranks")
+
+
+@pytest.mark.parametrize("method", ["datainf", "exact", "kronecker"])
+def test_a_layer_may_have_its_own_damping(method):
+    train, query = pair()
+    own = {"a": 0.5, "b": 2, "c": 10}
+    expected = sum(
+        datainf.influence(Layers({name: G}), {name: query[name]}, method, own[name]) for name, G in train.items()
+    )
+    torch.testing.assert_close(datainf.influence(train, query, method, own), expected)
+    R = datainf.ihvp(train, query, method, own)
+    torch.testing.assert_close(datainf.scores(train, R), expected)
+    of_itself = datainf.influence(train, train, method, own).diagonal()
+    torch.testing.assert_close(datainf.self_influence(train, method, own), of_itself)
+    with pytest.raises(InputError, match="damping says nothing of layer 'c'"):
+        datainf.influence(train, query, method, {"a": 1, "b": 1})
+    with pytest.raises(InputError, match="damping must be positive and finite"):
+        datainf.influence(train, query, method, own | {"b": 0})
+
+
+def test_the_damping_of_a_training_is_its_definition():
+    train, _ = pair()
+    found = datainf.damping_of_training(Streamed(train), 0.4, 32, share=0.25)
+    for name, G in train.items():
+        variance = (G.square().mean(dim=0) - G.mean(dim=0).square()) / 32
+        step = 0.4 / (variance + G.mean(dim=0).square()).mean().sqrt()  # the length of all steps, by Adam's division
+        assert found[name] * G.square().mean() == pytest.approx(0.25 / step)
+
+
+def test_the_damping_of_a_training_is_refused():
+    train, query = pair()
+    with pytest.raises(InputError, match="total_learning_rate must be a number above zero, not 0"):
+        datainf.damping_of_training(train, 0, 32)
+    with pytest.raises(InputError, match="joint has one damping for all layers"):
+        datainf.influence(train, query, "joint", {"a": 1, "b": 1, "c": 1})
+    train["b"][:] = 0
+    with pytest.raises(InputError, match="The gradients of layer 'b' are all zero"):
+        datainf.damping_of_training(train, 1, 32)
 
 
 def test_scores_are_linear_in_the_query():

@@ -9,6 +9,7 @@ from datainf.study.plotting.classification import (
     fine_tuning_curve,
     score_distributions,
 )
+from datainf.study.plotting.hessian import along_weights, by_damping
 from datainf.study.plotting.identification import (
     KINDS,
     by_loss,
@@ -34,6 +35,8 @@ __all__ = [
     "METHOD_STYLE",
     "STAGES",
     "against_exact",
+    "along_weights",
+    "by_damping",
     "by_loss",
     "by_method",
     "by_rank",

@@ -78,7 +78,7 @@ def lines(
             axis.set_ylim(*ylim)
         if "x" in log:
             _mark(axis, np.unique(some[x]))
-        _name_ends(figure, axis, ends)
+        name_ends(figure, axis, ends)
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -95,7 +95,7 @@ def _mark(axis: Axes, values: np.ndarray) -> None:
         axis.set_xticks([], minor=True)
 
 
-def _name_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, str, float, float]], size: float = 9) -> None:
+def name_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, str, float, float]], size: float = 9) -> None:
     """Write each line's name right of its last point; names that would overlap move apart, up and down."""
     if not ends:
         return
