@@ -40,6 +40,10 @@ def sweep(tmp_path_factory, diffusion_base):
     execute("40_image_identification", folder, **given, inference_steps=2, stability=1, figures=figures)
     output = folder / "results" / "tiny" / "runs" / TRUTH
     execute("70_ground_truth", folder, **SMALLEST_TRUTH, cache=str(folder / "truth"), output=str(output))
+    output = folder / "results" / "tiny" / "runs" / TRUTH.replace("ground_truth", "which_hessian")
+    few = {name: value for name, value in SMALLEST_TRUTH.items() if name not in ("folds", "members", "top_shares")}
+    few |= {"dampings": [0.1, 10], "unrolled_queries": -1, "cache": str(folder / "truth"), "output": str(output)}
+    execute("71_which_hessian", folder, **few)
     execute("90_figures_and_tables", folder, folder=str(folder / "results" / "tiny"), save=True)
     return folder
 
@@ -101,6 +105,7 @@ def test_figures_and_tables_are_there(sweep):
         "class_detection_by_loss",
         "class_detection_pictures_by_loss",
         "cost",
+        "damping",
         "detection_baselines",
         "detection_curves",
         "figure1_pearson",

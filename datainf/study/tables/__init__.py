@@ -1,6 +1,7 @@
 """The study's tables: what the paper reports beside what was measured here."""
 
 from datainf.study.tables.claims import claims_of, ours_beside_paper
+from datainf.study.tables.damping import damping_paths, dampings
 from datainf.study.tables.summaries import (
     accuracy_gained,
     by_dataset_and_rank,
@@ -15,6 +16,8 @@ from datainf.study.tables.summaries import (
 )
 
 __all__ = [
+    "damping_paths",
+    "dampings",
     "accuracy_gained",
     "by_dataset_and_rank",
     "class_detection",
