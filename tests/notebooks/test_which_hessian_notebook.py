@@ -29,6 +29,7 @@ def test_a_task_of_each_family(family, tmp_path):
     execute(NAME, tmp_path, **given)
     record = pd.read_csv(output)
     assert not record.duplicated(["design", "method"]).any()
+    assert record[["curvature", "part", "aggregate"]].notna().all(axis=None)
     methods = set(record["method"])
     assert {"datainf@0.1", "exact@10", "joint@0.1", "exact@training", "exact@1, lora_A", "datainf+ranks"} <= methods
     assert ("ekfac@0.1" in methods) == (family != "images")
