@@ -35,4 +35,4 @@ def dampings(hessians: pd.DataFrame) -> pd.DataFrame:
     unrolled = hessians[hessians["method"] == "unrolled"]
     if len(unrolled):
         columns["unrolled, mean query"] = unrolled.groupby(cell, sort=False)["lds_of_mean"].mean()
-    return pd.DataFrame(columns, index=by_method.index)
+    return pd.DataFrame(columns, index=by_method.index).round(3)

@@ -202,5 +202,5 @@ def influential(train: pd.DataFrame, query: Mapping[str, str], scores: Float[np.
 def to_markdown(table: pd.DataFrame, columns: Iterable[str] | None = None) -> str:
     """A table in GitHub's Markdown."""
     table = table if columns is None else table[list(columns)]
-    lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
+    lines = [list(table.columns), ["---"] * table.shape[1], *table.map(lambda cell: "" if pd.isna(cell) else str(cell)).values.tolist()]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in lines) + "\n"
