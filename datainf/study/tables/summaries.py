@@ -200,7 +200,8 @@ def influential(train: pd.DataFrame, query: Mapping[str, str], scores: Float[np.
 
 
 def to_markdown(table: pd.DataFrame, columns: Iterable[str] | None = None) -> str:
-    """A table in GitHub's Markdown."""
+    """A table in GitHub's Markdown; nothing where there is nothing."""
     table = table if columns is None else table[list(columns)]
-    lines = [list(table.columns), ["---"] * table.shape[1], *table.map(lambda cell: "" if pd.isna(cell) else str(cell)).values.tolist()]
+    text = table.map(lambda cell: "" if pd.isna(cell) else str(cell))
+    lines = [list(table.columns), ["---"] * table.shape[1], *text.values.tolist()]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in lines) + "\n"
