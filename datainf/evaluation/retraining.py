@@ -5,6 +5,7 @@ bank without any retraining: see `counterfactual`.
 """
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,9 +44,9 @@ class Retraining:
 
     Attributes:
         kept: of n training examples, those that are trained on.
-        design: full, subset, repeat, without_top or leave_one_out.
-        number: which of several of a design; of leave_one_out the example; of without_top a checksum of `kept`.
-        method: whose scores chose, of without_top.
+        design: full, subset, repeat, without_top, leave_one_out, or one of `evaluation.selection`.
+        number: which of several of a design; of leave_one_out the example; where a method chose a checksum of `kept`.
+        method: whose scores chose; of groups the one left out.
         batches: `OWN` or `SAME`.
         order: the seed of the batches and of dropout, where it is not the recipe's own.
     """
@@ -65,7 +66,7 @@ class Retraining:
     @property
     def name(self) -> str:
         """The key as the name of a file."""
-        return "-".join(str(value) for value in self.key if value != "")
+        return re.sub(r"[^\w.@+()-]", "_", "-".join(str(value) for value in self.key if value != ""))
 
 
 def full(n: int, *, batches: str = OWN) -> Retraining:
@@ -104,8 +105,12 @@ def without_top(scores: Float[np.ndarray, " n"], share: float, method: str, *, b
     removed = max(1, round(share * len(scores)))
     kept = np.ones(len(scores), dtype=bool)
     kept[np.argsort(scores, kind="stable")[:removed]] = False
-    # Other scores of the same method leave out others.
-    return Retraining(kept, "without_top", zlib.crc32(np.packbits(kept).tobytes()), method, batches)
+    return Retraining(kept, "without_top", checksum(kept), method, batches)
+
+
+def checksum(kept: Bool[np.ndarray, " n"]) -> int:
+    """A number for a set that a method chose, since other scores of the same method choose others."""
+    return zlib.crc32(np.packbits(kept).tobytes())
 
 
 def leave_one_out(n: int, examples: Iterable[int] | None = None, *, batches: str = SAME) -> list[Retraining]:

@@ -8,9 +8,9 @@ the notebook is run with the same ones afterwards, it finds the retrainings done
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ import pandas as pd
 import yaml
 from datasets import Dataset
 from jaxtyping import Float
+from torch import Tensor
 
 import datainf
 from datainf.attribution.methods import OF_ALL_LAYERS
 from datainf.data import glue, images, text
 from datainf.errors import InputError
 from datainf.evaluation import baselines, retraining
+from datainf.evaluation.parts import some_layers
 from datainf.evaluation.retraining import OWN, SAME, Bank, Retraining
 from datainf.models import causal_lm, classifier, diffusion, fisher, lora, losses
 from datainf.models.lora import FineTuned, Recipe
@@ -31,7 +33,7 @@ from datainf.study import parameters, results
 from datainf.study.provenance import ROOT, provenance, rooted
 
 TRAINING = "training"
-"""The damping that a fine-tuning's own recipe asks for: see `damping_of`."""
+"""The damping that a fine-tuning's own recipe asks for: see `Gradients.damping`."""
 
 FACTS = ("commit", "device", "torch", "transformers", "peft", "diffusers")
 """What a row of a bank says of where it was made."""
@@ -121,41 +123,85 @@ def plan(run: Mapping[str, object], n: int) -> list[Retraining]:
     return [retraining.full(n), retraining.full(n, batches=SAME), *chosen]
 
 
-def gradients(
-    chosen: Subject, run: Mapping[str, object], folder: str | Path
-) -> tuple[datainf.GradientStore, datainf.GradientStore]:
-    """Per-sample gradients of the training examples and of the queries, kept in a folder."""
+def apart(chosen: Subject, n_query: int) -> tuple[Subject, FineTuned]:
+    """A subject whose queries are its first `n_query` alone (of each class, where there are classes), and its model
+    with all others, which no score has seen.
+
+    Raises:
+        InputError: there are no others.
+    """
+    task, tuned = chosen.task, chosen.tuned
+    queries = _queries(task)
+    place = np.arange(len(queries))
+    if isinstance(task, text.TextTask):
+        place = queries.to_pandas().groupby("class").cumcount().to_numpy()
+    seen, unseen = (np.flatnonzero(each) for each in (place < n_query, place >= n_query))
+    if not len(unseen):
+        raise InputError(f"{task.name} has {len(place)} examples for queries and for judging: n_query must be lower.")
+    split = "validation" if isinstance(task, glue.NoisyTask) else "test"
+    few = replace(
+        chosen,
+        task=replace(task, **{split: queries.select(seen)}),
+        tuned=replace(tuned, query=tuned.query.select(seen)),
+    )
+    return few, replace(tuned, query=tuned.query.select(unseen))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The per-sample gradients of a subject's training examples and queries, and what methods ask for beside them.
+
+    Attributes:
+        chosen: the subject, with the batch size that its gradients are taken in.
+        train, query: the gradients.
+    """
+
+    chosen: Subject
+    batch_size: int
+    train: Mapping[str, Tensor]
+    query: Mapping[str, Tensor]
+
+    @cached_property
+    def factors(self) -> dict[str, tuple]:
+        """What EK-FAC wants of the training examples."""
+        tuned = self.chosen.tuned
+        return datainf.kronecker_factors(
+            tuned.model, tuned.train, self.chosen.loss_fn, collate_fn=tuned.collate, batch_size=self.batch_size
+        )
+
+    @cached_property
+    def damping(self) -> dict[str, float]:
+        """The damping of the subject's own recipe, layer by layer."""
+        recipe, n = self.chosen.tuned.training.recipe, len(self.chosen.tuned.train)
+        return datainf.damping_of_training(self.train, recipe.total_learning_rate(n), recipe.batch_size)
+
+    def influence(self, method: str, damping: float = 0.1) -> Float[np.ndarray, "m n"]:
+        """Scores by a method's name, which may bring its own damping and how layers are added up, as in
+        exact@10+ranks."""
+        name, own, aggregate = in_parts(method)
+        found = datainf.influence(
+            self.train,
+            self.query,
+            name,
+            self.damping if own == TRAINING else own or damping,
+            factors=self.factors if name == "ekfac" else None,
+            aggregate=aggregate,
+        )
+        return found.double().cpu().numpy()
+
+    def of_layers(self, names: Sequence[str]) -> "Gradients":
+        """Those of some layers alone."""
+        return replace(self, train=some_layers(self.train, names), query=some_layers(self.query, names))
+
+
+def gradients(chosen: Subject, run: Mapping[str, object], folder: str | Path) -> Gradients:
+    """Take the gradients of a subject, or find them in the folder that keeps them."""
     take = {"loss_fn": chosen.loss_fn, "collate_fn": chosen.tuned.collate, "batch_size": run["batch_size"]}
-    return tuple(
+    train, query = (
         datainf.per_sample_gradients(chosen.tuned.model, examples, store=Path(folder) / name, **take)
         for name, examples in (("train", chosen.tuned.train), ("query", chosen.tuned.query))
     )
-
-
-def influence(
-    train: datainf.GradientStore,
-    query: datainf.GradientStore,
-    method: str,
-    damping: float,
-    factors: Mapping[str, tuple] | None = None,
-    of_training: Mapping[str, float] | None = None,
-) -> Float[np.ndarray, "m n"]:
-    """Scores by a method's name, which may bring its own damping and how layers are added up, as in exact@10+ranks.
-
-    Args:
-        factors: for EK-FAC; see `factors_of`.
-        of_training: what a method @training is damped by; see `damping_of`.
-    """
-    name, own, aggregate = in_parts(method)
-    chosen = of_training if own == TRAINING else own or damping
-    found = datainf.influence(train, query, name, chosen, factors=factors, aggregate=aggregate)
-    return found.double().cpu().numpy()
-
-
-def damping_of(chosen: Subject, train: datainf.GradientStore) -> dict[str, float]:
-    """The damping of the subject's own recipe, layer by layer."""
-    recipe = chosen.tuned.training.recipe
-    return datainf.damping_of_training(train, recipe.total_learning_rate(len(chosen.tuned.train)), recipe.batch_size)
+    return Gradients(chosen, run["batch_size"], train, query)
 
 
 def in_parts(method: str) -> tuple[str, float | str | None, str]:
@@ -176,14 +222,6 @@ def in_parts(method: str) -> tuple[str, float | str | None, str]:
     return name, own, "ranks" if found[3] else "sum"
 
 
-def factors_of(chosen: Subject, run: Mapping[str, object]) -> dict[str, tuple]:
-    """What EK-FAC wants of the training examples."""
-    tuned = chosen.tuned
-    return datainf.kronecker_factors(
-        tuned.model, tuned.train, chosen.loss_fn, collate_fn=tuned.collate, batch_size=run["batch_size"]
-    )
-
-
 def true_fisher(chosen: Subject, run: Mapping[str, object], folder: str | Path) -> datainf.GradientStore | None:
     """The rows of the true Fisher information, kept in a folder: of a classifier by all labels, of a language model by
     a sampled response; None of a family whose loss is no likelihood."""
@@ -198,20 +236,19 @@ def true_fisher(chosen: Subject, run: Mapping[str, object], folder: str | Path) 
     return datainf.per_sample_gradients(tuned.model, examples, loss_fn, **take)
 
 
-def baselines_of(
-    chosen: Subject, train: datainf.GradientStore, query: datainf.GradientStore, *, folds: int = 0
-) -> dict[str, Callable[[], Float[np.ndarray, "m n"]]]:
+def baselines_of(taken: Gradients, *, folds: int = 0) -> dict[str, Callable[[], Float[np.ndarray, "m n"]]]:
     """The baselines that apply to a subject, by name, each to be called: see `evaluation.baselines`.
 
     Args:
         folds: of cleanlab's cross-validation, each of which fine-tunes once; 0 leaves it out.
     """
+    chosen, train = taken.chosen, taken.train
     tuned, task = chosen.tuned, chosen.task
     m, n = len(tuned.query), len(tuned.train)
     flips = isinstance(task, glue.NoisyTask) and task.flipped.any()
     suspicions = baselines.suspicions(tuned, train, chosen.loss_fn, labelled=flips, folds=folds)
     found = {
-        "gradient_cosine": lambda: baselines.gradient_cosine(train, query),
+        "gradient_cosine": lambda: baselines.gradient_cosine(train, taken.query),
         "random": lambda: baselines.random(m, n),
     } | {name: partial(_of_examples, suspicion, m) for name, suspicion in suspicions.items()}
     if isinstance(task, images.ImageTask):

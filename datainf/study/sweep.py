@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "image_identification": ("40_image_identification", "images"),
     "ground_truth": ("70_ground_truth", "ground_truth"),
     "which_hessian": ("71_which_hessian", "ground_truth"),
+    "data_selection": ("75_data_selection", "data_selection"),
 }
 """Experiment -> its notebook, and the section of a configuration that has its parameters and its grid. Of a section's
 parameters a notebook is given those that it has."""
@@ -34,12 +35,18 @@ LESSONS = {
 }
 """The record of a teaching notebook -> the notebook."""
 
-DATASET = {"classification": "dataset", "text": "task", "images": "task", "ground_truth": "dataset"}
+DATASET = {
+    "classification": "dataset",
+    "text": "task",
+    "images": "task",
+    "ground_truth": "dataset",
+    "data_selection": "dataset",
+}
 """What the notebooks of a section call their dataset, which records call dataset."""
 
 GIVEN = {"classification": ("MODEL", "DATA"), "text": ("TEXT_MODEL", None), "images": ("IMAGE_MODEL", "IMAGES")}
 """The variables that name a family's model and the folder of its datasets, to take instead of the configuration's. A
-section is of the family of its name, but for ground_truth, whose parameter `family` says it."""
+section is of the family of its name, but for those whose parameter `family` says it."""
 
 OUTPUTS = {"cache", "output", "figures", "folder", "bank"}
 """Parameters that say where things go, or lie: they are no part of what a run is."""
@@ -52,7 +59,7 @@ def given(family: str, environment: Mapping[str, str] = os.environ) -> dict[str,
         InputError: a folder that is not there.
     """
     if family not in GIVEN:
-        raise InputError(f"A section of ground_truth must name its family: {', '.join(GIVEN)}, not {family!r}.")
+        raise InputError(f"A section must name its family: {', '.join(GIVEN)}, not {family!r}.")
     names = GIVEN[family]
     model, data = (environment.get(name or "", "") for name in names)
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():

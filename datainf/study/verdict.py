@@ -34,13 +34,14 @@ CONFIDENCE = 0.99
 EQUAL, WITHIN, OUTSIDE, UNJUDGED, MISSING = "equal", "within", "OUTSIDE", "not judged", "not run"
 """How a number of ours stands to the published one."""
 
-CELL = ["experiment", "dataset", "rank", "loss", "design", "method", "metric"]
+CELL = ["experiment", "dataset", "rank", "loss", "design", "share", "method", "metric"]
 """What names a number of an experiment: its mean over seeds is one number."""
 
 METRICS = [
     *("accuracy", "accuracy_base", "majority", "pearson", "spearman", "auc", "auc_signed", "recall", "recall_signed"),
     *("prompt_preferred", "prompt_preferred_signed", "frechet_base", "frechet"),
     *("lds", "lds_of_mean", "lds_averaged", "ceiling", "slope"),
+    *("accuracy_gain", "loss_gain", "groups_agreement"),
     *("qld_01", "qld_05", "qld_10", "flips_01", "flips_05", "flips_10"),
 ]
 LESSONS = {  # what names a row of a lesson's record, and its numbers
@@ -179,7 +180,7 @@ def _long(records: pd.DataFrame, keys: list[str], metrics: list[str]) -> pd.Seri
 
 def _experiments(theirs: Mapping, mine: Mapping, same: bool) -> pd.DataFrame:
     """Means over seeds, published and ours, of every cell."""
-    keys = ["experiment", "dataset", "rank", "loss", "design", "method", "seed"]
+    keys = [*CELL[:-1], "seed"]
     tables = []
     for name in sweep.EXPERIMENTS:
         if name not in theirs:

@@ -20,6 +20,7 @@ from datainf.study.plotting.identification import (
 )
 from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
 from datainf.study.plotting.retraining import by_task, calibration, ensembles, leaderboard
+from datainf.study.plotting.selection import SELECTIONS, by_share, group_changes
 from datainf.study.plotting.style import BASELINES, METHOD_STYLE, STAGES, confidence_interval, label, use_style
 from datainf.study.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
 
@@ -33,6 +34,7 @@ __all__ = [
     "GUIDE",
     "KINDS",
     "METHOD_STYLE",
+    "SELECTIONS",
     "STAGES",
     "against_exact",
     "along_weights",
@@ -40,6 +42,7 @@ __all__ = [
     "by_loss",
     "by_method",
     "by_rank",
+    "by_share",
     "by_task",
     "calibration",
     "class_detection",
@@ -49,6 +52,7 @@ __all__ = [
     "detection_curves",
     "ensembles",
     "fine_tuning_curve",
+    "group_changes",
     "influential_pictures",
     "label",
     "leaderboard",

@@ -22,10 +22,11 @@ BASELINES = {
     "cleanlab": ("cleanlab", "#7B4173", "$c$"),
     "cleanlab_cross_validated": ("cleanlab, cross-validated", "#CE6DBD", "$C$"),
     "random": ("Random", "#C8C8C8", "$?$"),
+    "oracle": ("the flipped ones exactly", "#2FA84F", "$+$"),
     "prompt_similarity": ("Prompt similarity", "#999999", "X"),
     "picture_similarity": ("Picture similarity", "#009E73", "P"),
 }
-"""What a method is held against; see `evaluation.baselines`."""
+"""What a method is held against; see `evaluation.baselines`. The oracle knows the truth."""
 
 METHOD_STYLE = {
     "hessian_free": ("Hessian-free", "#56B4E9", "s"),

@@ -2,6 +2,7 @@
 
 from datainf.study.tables.claims import claims_of, ours_beside_paper
 from datainf.study.tables.damping import damping_paths, dampings
+from datainf.study.tables.selection import data_selection, gains, group_agreement
 from datainf.study.tables.summaries import (
     accuracy_gained,
     by_dataset_and_rank,
@@ -17,6 +18,9 @@ from datainf.study.tables.summaries import (
 
 __all__ = [
     "damping_paths",
+    "data_selection",
+    "gains",
+    "group_agreement",
     "dampings",
     "accuracy_gained",
     "by_dataset_and_rank",

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from datainf.study.plotting import label
+from datainf.study.tables.selection import gains
 from datainf.study.tables.summaries import LOSSES, kind_of
 
 TOLERANCE = 0.01  # of an AUC: differences below it count as "about as well"
@@ -18,6 +19,7 @@ def ours_beside_paper(
     pictures: pd.DataFrame,
     reported: pd.DataFrame,
     truth: pd.DataFrame | None = None,
+    selections: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """The paper's numbers and claims, one a row, with what the records of this scale say.
 
@@ -25,16 +27,15 @@ def ours_beside_paper(
         errors, detection, identification, pictures: records of the approximation-error, the mislabeled-detection and
             the text and image identification runs.
         reported: `results.paper_reported`.
-        truth: records of the ground truth, where there are any.
+        truth, selections: records of the ground truth and of data selection, where there are any.
 
     Returns:
         Columns item, claim, paper, ours. A claim about an order of methods is counted over cells, a cell being the
         mean over seeds of one dataset and rank.
     """
-    records = dict(zip(_ROWS, (errors, detection, identification, pictures, truth), strict=True))
-    if truth is None or truth.empty:
-        del records["ground_truth"]
-    return pd.concat([claims_of(name, records[name], reported) for name in records], ignore_index=True)
+    records = dict(zip(_ROWS, (errors, detection, identification, pictures, truth, selections), strict=True))
+    there = {name: some for name, some in records.items() if some is not None and len(some)}
+    return pd.concat([claims_of(name, some, reported) for name, some in there.items()], ignore_index=True)
 
 
 def claims_of(experiment: str, records: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
@@ -237,6 +238,21 @@ def _ground_truth_rows(truth: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     ]
 
 
+def _selection_rows(selections: pd.DataFrame, paper: pd.Series) -> list[Claim]:
+    """What data selection gains, each cell being a task, a rank and a share kept; resolved where the interval of the
+    paired differences over seeds excludes 0."""
+    found = gains(selections)
+    kept = found[(found["design"] == "keep") & (found["method"] != "oracle")]
+    rows = []
+    for method, some in kept.groupby("method", sort=False):
+        better, worse = some["accuracy_low"] > 0, some["accuracy_high"] < 0
+        said = f"{better.sum()} better, {worse.sum()} worse, {(~better & ~worse).sum()} not resolved"
+        paper_says = "often better" if method == "datainf" else ""
+        item = "ICLR version" if method == "datainf" else "not in the paper"
+        rows.append((item, f"accuracy of models on what {label(method)} keeps, beside all data", paper_says, said))
+    return rows
+
+
 def _in_paper(identification: pd.DataFrame, paper: pd.Series, item: str, method: str, metric: str) -> str:
     """The paper's numbers for the tasks of these records, at the rank it has them for."""
     of_item = paper.xs((item, method, metric), level=("item", "method", "metric")).droplevel("rank")
@@ -272,4 +288,5 @@ _ROWS = {
     "text_identification": [_class_detection_rows, _text_rows],
     "image_identification": [_class_detection_rows, _picture_rows],
     "ground_truth": [_ground_truth_rows],
+    "data_selection": [_selection_rows],
 }
