@@ -79,6 +79,11 @@ class NoisyLatents(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def versions(self) -> int:
+        """How many noisy versions a picture has: the rows that an example is of the model's batch."""
+        return len(self.timesteps) * self.draws
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         latents = self.latents[index]
         timestep = torch.tensor(self.timesteps).repeat(self.draws)

@@ -197,6 +197,7 @@ class Gradients:
 def gradients(chosen: Subject, run: Mapping[str, object], folder: str | Path) -> Gradients:
     """Take the gradients of a subject, or find them in the folder that keeps them."""
     take = {"loss_fn": chosen.loss_fn, "collate_fn": chosen.tuned.collate, "batch_size": run["batch_size"]}
+    take["rows_per_example"] = getattr(chosen.tuned.train, "versions", 1)
     train, query = (
         datainf.per_sample_gradients(chosen.tuned.model, examples, store=Path(folder) / name, **take)
         for name, examples in (("train", chosen.tuned.train), ("query", chosen.tuned.query))
