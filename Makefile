@@ -6,6 +6,8 @@
 #   make plan SCALE=laptop         what would be run, and why; nothing is
 #   make verify SCALE=demo         the verdict again: are results/demo/ what results/published/demo/ are?
 #   make replay RECORD=path        one published run again, compared with its record
+#   make audit ADAPTER=folder TRAIN=train.jsonl QUERIES=queries.jsonl OUT=audit
+#                                  your own adapter: its training examples ranked by what they do to the queries
 #   make publish SCALE=demo        results/demo/ become the published ones (for those who maintain the study)
 
 SCALE   ?= demo
@@ -16,13 +18,13 @@ BIN     := $(VENV)/bin
 SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
            --rerun-incomplete --keep-going --nolock --quiet rules host reason
 # Folders that stand in for hub ids. The Snakefile finds them in the environment, where they are as they were written.
-export MODEL DATA TEXT_MODEL IMAGE_MODEL IMAGES RECORD
+export MODEL DATA TEXT_MODEL IMAGE_MODEL IMAGES RECORD ADAPTER TRAIN QUERIES OUT AUDIT
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compiled modules are kept whatever the shell says: the many short runs of a sweep all import the same libraries, which
 # takes three times as long when they are compiled anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help plan reproduce verify replay publish test lab notebooks clean
+.PHONY: help plan reproduce verify replay audit publish test lab notebooks clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: make test, make lab, make notebooks, make clean"
@@ -45,6 +47,10 @@ replay: $(VENV)/installed
 	@test -n "$$RECORD" || { echo "Name a record: make replay RECORD=results/published/demo/runs/..." >&2; exit 1; }
 	@echo "Repeating the run of $$RECORD into results/replayed/."
 	@$(BIN)/python -m datainf.study.replay "$$RECORD"
+
+# AUDIT has more of notebook 80's parameters, as a line of YAML: AUDIT='{epochs: 3, learning_rate: 2e-4, seeds: 3}'
+audit: $(VENV)/installed
+	@$(BIN)/python -m datainf.study.audit
 
 publish: $(VENV)/installed
 	@echo "Copying results/$(SCALE)/ to results/published/$(SCALE)/."

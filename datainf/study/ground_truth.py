@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,14 +45,18 @@ class Subject:
     """A task and a model that was fine-tuned on it.
 
     Attributes:
-        task: of `glue`, `text` or `images`.
+        task: of `glue`, `text` or `images`, or examples of one's own (see `study.audit`).
         loss_fn, right_fn: of a query: its loss, and whether it is answered rightly (None where there is no answer).
+        texts: all that the model reads of every training example, and of every query; None of pictures.
+        labelled: whether the training examples have labels some of which may be wrong.
     """
 
-    task: glue.NoisyTask | text.TextTask | images.ImageTask
+    task: Any
     tuned: FineTuned
     loss_fn: Callable
     right_fn: Callable | None
+    texts: tuple[list[str], list[str]] | None = None
+    labelled: bool = False
 
     def about(self, run: Mapping[str, object]) -> dict[str, object]:
         """What a bank of it is about, for `Bank.check`; of the recipe what is not as by default."""
@@ -89,13 +94,14 @@ def subject(run: Mapping[str, object], folder: str | Path, *, model_seed: int | 
     if family == "classification":
         task = glue.load(dataset, n_train=n, n_validation=m, noise=run["noise"], seed=seed)
         tuned = classifier.fine_tune(base, task, Recipe(epochs=run["epochs"], **shared), folder=folder)
-        return Subject(task, tuned, losses.classification, losses.right_label)
+        texts = (_texts(task.train, task.columns), _texts(task.validation, task.columns))
+        return Subject(task, tuned, losses.classification, losses.right_label, texts, bool(task.flipped.any()))
     if family == "text":
         task = text.load(dataset, n_train=n, n_test=m, seed=seed)
         recipe = Recipe(alpha=32, targets=("q_proj", "v_proj"), epochs=run["epochs"], **shared)
-        return Subject(
-            task, causal_lm.fine_tune(base, task, recipe, folder=folder), losses.completion, losses.right_response
-        )
+        tuned = causal_lm.fine_tune(base, task, recipe, folder=folder)
+        texts = tuple(_texts(split, ("prompt", "response")) for split in (task.train, task.test))
+        return Subject(task, tuned, losses.completion, losses.right_response, texts)
     if family == "images":
         task = images.load(dataset, n_train=n, n_test=m, size=run["size"], seed=seed)
         targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -131,18 +137,19 @@ def apart(chosen: Subject, n_query: int) -> tuple[Subject, FineTuned]:
         InputError: there are no others.
     """
     task, tuned = chosen.task, chosen.tuned
-    queries = _queries(task)
+    split = "validation" if isinstance(task, glue.NoisyTask) else "test"
+    queries = getattr(task, split)
     place = np.arange(len(queries))
     if isinstance(task, text.TextTask):
         place = queries.to_pandas().groupby("class").cumcount().to_numpy()
     seen, unseen = (np.flatnonzero(each) for each in (place < n_query, place >= n_query))
     if not len(unseen):
         raise InputError(f"{task.name} has {len(place)} examples for queries and for judging: n_query must be lower.")
-    split = "validation" if isinstance(task, glue.NoisyTask) else "test"
     few = replace(
         chosen,
         task=replace(task, **{split: queries.select(seen)}),
         tuned=replace(tuned, query=tuned.query.select(seen)),
+        texts=(chosen.texts[0], [chosen.texts[1][index] for index in seen]),
     )
     return few, replace(tuned, query=tuned.query.select(unseen))
 
@@ -243,25 +250,22 @@ def baselines_of(taken: Gradients, *, folds: int = 0) -> dict[str, Callable[[], 
     Args:
         folds: of cleanlab's cross-validation, each of which fine-tunes once; 0 leaves it out.
     """
-    chosen, train = taken.chosen, taken.train
-    tuned, task = chosen.tuned, chosen.task
+    chosen, tuned = taken.chosen, taken.chosen.tuned
     m, n = len(tuned.query), len(tuned.train)
-    flips = isinstance(task, glue.NoisyTask) and task.flipped.any()
-    suspicions = baselines.suspicions(tuned, train, chosen.loss_fn, labelled=flips, folds=folds)
+    suspicions = baselines.suspicions(tuned, taken.train, chosen.loss_fn, labelled=chosen.labelled, folds=folds)
     found = {
-        "gradient_cosine": lambda: baselines.gradient_cosine(train, taken.query),
+        "gradient_cosine": lambda: baselines.gradient_cosine(taken.train, taken.query),
         "random": lambda: baselines.random(m, n),
     } | {name: partial(_of_examples, suspicion, m) for name, suspicion in suspicions.items()}
-    if isinstance(task, images.ImageTask):
+    if chosen.texts is None:
         pictures = [np.asarray(examples.latents) for examples in (tuned.train, tuned.query)]
         return found | {"latents": lambda: baselines.latents(*pictures)}
-    texts = [_texts(task, split) for split in (task.train, _queries(task))]
     return found | {
         "hidden_states": lambda: baselines.hidden_state_similarity(
             tuned.model, tuned.train, tuned.query, tuned.collate
         ),
-        "bm25": lambda: baselines.bm25(*texts),
-        "tfidf": lambda: baselines.tfidf(*texts),
+        "bm25": lambda: baselines.bm25(*chosen.texts),
+        "tfidf": lambda: baselines.tfidf(*chosen.texts),
     }
 
 
@@ -269,13 +273,7 @@ def _of_examples(suspicion: Callable[[], baselines.Suspicion], m: int) -> Float[
     return baselines.of_examples(suspicion(), m)
 
 
-def _queries(task: glue.NoisyTask | text.TextTask) -> Dataset:
-    return task.validation if isinstance(task, glue.NoisyTask) else task.test
-
-
-def _texts(task: glue.NoisyTask | text.TextTask, split: Dataset) -> list[str]:
-    """All that the model reads of every example."""
-    columns = task.columns if isinstance(task, glue.NoisyTask) else ("prompt", "response")
+def _texts(split: Dataset, columns: Sequence[str]) -> list[str]:
     return [" ".join(row[column] for column in columns) for row in split]
 
 

@@ -32,6 +32,7 @@ LESSONS = {
     "theorem1": "01_datainf_derivation",
     "table1_complexity": "50_complexity",
     "memory_budget": "60_speed_and_scale",
+    "your_adapter": "80_your_adapter",
 }
 """The record of a teaching notebook -> the notebook."""
 
@@ -48,7 +49,7 @@ GIVEN = {"classification": ("MODEL", "DATA"), "text": ("TEXT_MODEL", None), "ima
 """The variables that name a family's model and the folder of its datasets, to take instead of the configuration's. A
 section is of the family of its name, but for those whose parameter `family` says it."""
 
-OUTPUTS = {"cache", "output", "figures", "folder", "bank"}
+OUTPUTS = {"cache", "output", "figures", "folder", "bank", "report"}
 """Parameters that say where things go, or lie: they are no part of what a run is."""
 
 

@@ -49,6 +49,7 @@ LESSONS = {  # what names a row of a lesson's record, and its numbers
     "theorem1": (["gradients", "d"], ["difference", "times_lambda", "correlation", "slope"]),
     "table1_complexity": (["sweep", "size", "method"], ["peak_bytes"]),
     "memory_budget": (["method", "budget_mb"], ["peak_mb"]),
+    "your_adapter": (["method"], ["found_in_top_tenth", "auc"]),
 }
 SETTINGS = ["n_train", "epochs", "learning_rate", "batch_size", "damping", "layers"]
 INPUTS = {"model_revision": "model", "data_revision": "data"} | {name: name for name in SETTINGS}

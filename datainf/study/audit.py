@@ -1,0 +1,263 @@
+"""An adapter of your own, audited: what notebook 80 does, step by step.
+
+Rank the training examples by what they do to some answers, look, leave the suspects out, and see whether it helped.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import papermill
+import yaml
+from datasets import Dataset
+from jaxtyping import Float
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+from scipy import stats
+
+from datainf.data import own, text
+from datainf.errors import InputError
+from datainf.evaluation import retraining, selection
+from datainf.evaluation.retraining import Bank
+from datainf.models import causal_lm, lora
+from datainf.models import own as own_models
+from datainf.models.lora import Recipe
+from datainf.storage.files import write_whole
+from datainf.study.ground_truth import Subject
+from datainf.study.plotting import confidence_interval, label
+from datainf.study.provenance import ROOT, rooted
+
+SAMPLE = 64
+"""Training examples on which it is seen whether the adapter has learned them."""
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """What a record says of examples of one's own."""
+
+    name: str
+    revision: str
+
+
+def example(folder: str | Path, *, seed: int = 0) -> dict[str, str]:
+    """Something to audit where nothing is given: a small language model's adapter, its training file, of which one
+    response in twenty is another example's, and queries; made once, into a folder.
+
+    Returns:
+        The paths of adapter, train, queries and known_bad, the places of the exchanged ones.
+    """
+    folder = rooted(folder)
+    paths = {"adapter": folder / "model" / lora.ADAPTER, "train": folder / "train.jsonl"}
+    paths |= {"queries": folder / "queries.jsonl", "known_bad": folder / "known_bad.json"}
+    task = text.load("sentence_transformations", n_train=20, n_test=4, seed=seed)
+    rng, n = np.random.default_rng(seed), len(task.train)
+    bad, responses = rng.choice(n, n // 20, replace=False), list(task.train["response"])
+    others = {
+        index: rng.choice(np.flatnonzero(np.array(task.train["class"]) != task.train["class"][index]))
+        for index in bad.tolist()
+    }
+    given = [responses[others.get(index, index)] for index in range(n)]
+    task = replace(task, train=task.train.remove_columns("response").add_column("response", given))
+    recipe = Recipe(
+        rank=4, alpha=32, dropout=0.0, targets=("q_proj", "v_proj"), learning_rate=0.01, epochs=4, batch_size=16
+    )
+    causal_lm.fine_tune("demo-llama", task, recipe, folder=folder / "model")
+    for name, split in (("train", task.train), ("queries", task.test)):
+        split.select_columns(["prompt", "response"]).to_json(paths[name])
+    write_whole(paths["known_bad"], json.dumps(sorted(bad.tolist())))
+    return {name: str(path) for name, path in paths.items()}
+
+
+def subject(adapter: own_models.Adapter, train: Dataset, query: Dataset, name: str) -> Subject:
+    """An adapter and its examples, as the gradients, methods and baselines of the study take them."""
+    columns = adapter.reading.text_columns
+    texts = tuple([own.as_text(row, columns) for row in each] for each in (train, query))
+    task = OwnTask(name, own.revision_of(train, query))
+    return Subject(task, adapter.tuned, adapter.loss_fn, adapter.right_fn, texts, adapter.is_classifier)
+
+
+def halved(chosen: Subject) -> tuple[Subject, Dataset]:
+    """The subject with the first half of its queries, and the other half, which no score has seen."""
+    half = len(chosen.tuned.query) // 2
+    first, rest = (chosen.tuned.query.select(each) for each in (range(half), range(half, len(chosen.tuned.query))))
+    return replace(
+        chosen, tuned=replace(chosen.tuned, query=first), texts=(chosen.texts[0], chosen.texts[1][:half])
+    ), rest
+
+
+def summary(adapter: str, chosen: Subject, method: str, suspects: int) -> str:
+    """What a report says it is of, in HTML."""
+    tuned, kind = chosen.tuned, "classifier" if chosen.labelled else "language model"
+    base = Path(getattr(tuned.model.get_base_model(), "name_or_path", "") or "its base").name  # no one's disk
+    return (
+        f"<p>The adapter <b>{escape(Path(adapter).name)}</b> of a {kind} on <b>{escape(base)}</b>: {len(tuned.train)} "
+        f"training examples, {len(tuned.query)} queries, by {escape(label(method))}. The first {suspects} are in "
+        "suspects.jsonl; filtered.jsonl is the training file without them.</p>"
+    )
+
+
+def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
+    """Whether the adapter has learned its training examples as they are read here: the mean loss of a sample with it
+    and without, a row per template that could write them, the one in use first.
+
+    An adapter that is read by another template than it was trained by is hardly better than its base.
+    """
+    sample = train.select(range(min(SAMPLE, len(train))))
+    in_use, rows = adapter.reading.template, {}
+    texts_alone = not adapter.is_classifier and isinstance(own.conversation(sample[0], "Training example 0")[1], str)
+    others = [name for name in own_models.TEMPLATES if name not in (in_use, "auto")] if texts_alone else []
+    for template in [in_use, *others]:
+        if template == "chat" and not adapter.tuned.tokenizer.chat_template:
+            continue
+        encoded = adapter.tuned.train.select(range(len(sample)))
+        if template != in_use:
+            encoded = own_models.encode(sample, adapter.tuned.tokenizer, replace(adapter.reading, template=template))
+        with_it, without = adapter.losses_of(encoded)
+        rows["in use" if template == in_use else template] = {"loss": with_it.mean(), "base_loss": without.mean()}
+    table = pd.DataFrame(rows).T.rename_axis("template")
+    return table.assign(over_base=table["loss"] / table["base_loss"])
+
+
+def warning_of(found: pd.DataFrame) -> str:
+    """What is amiss by `learned`, in a sentence; empty where nothing is."""
+    ours, best = found["loss"].iloc[0], found["loss"].idxmin()
+    if found["over_base"].iloc[0] < own_models.TUNED_IS_BELOW and best == "in use":
+        return ""
+    said = f"With the adapter the mean training loss is {ours:.2f} nats, without it {found['base_loss'].iloc[0]:.2f}"
+    if best != "in use":
+        return f"{said}; read by template={best!r} it is {found['loss'].min():.2f}: the adapter was trained on that."
+    return f"{said}: these are hardly the examples, or not the text, that the adapter was trained on."
+
+
+def ranked(
+    scores: Float[np.ndarray, "m n"], baselines: Mapping[str, Float[np.ndarray, "m n"]], texts: Sequence[str]
+) -> pd.DataFrame:
+    """The training examples, the most harmful for the mean query first.
+
+    Columns example (its place in the file, from 0), text, score (nats per unit of weight), change_without (what the
+    mean query's loss is predicted to change by if it is left out, in nats), query (the one it harms most),
+    score_for_query, and of each baseline the example's rank, 1 the most suspicious.
+    """
+    n, harm, worst = scores.shape[1], scores.mean(axis=0), scores.argmax(axis=0)
+    table = pd.DataFrame(
+        {
+            "example": range(n),
+            "text": list(texts),
+            "score": harm,
+            "change_without": -harm / n,
+            "query": worst,
+            "score_for_query": scores[worst, range(n)],
+        }
+    )
+    for name, each in baselines.items():
+        table[f"rank_{name}"] = stats.rankdata(-each.mean(axis=0), method="ordinal")
+    table = table.sort_values("score", ascending=False, kind="stable", ignore_index=True)
+    table.insert(0, "rank", range(1, n + 1))
+    return table
+
+
+def write(folder: Path, table: pd.DataFrame, train: Dataset, suspects: int) -> dict[str, Path]:
+    """Write ranked.csv, the first so many as suspects.jsonl, and the training file without them as filtered.jsonl."""
+    chosen = table["example"].to_numpy()[:suspects]
+    facts = table.set_index("example")[["rank", "score", "change_without", "query"]]
+    worst = [{**train[int(index)], "influence": facts.loc[index].to_dict()} for index in chosen]
+    rest = [train[int(index)] for index in sorted(set(range(len(train))) - set(chosen.tolist()))]
+    files = {name: folder / name for name in ("ranked.csv", "suspects.jsonl", "filtered.jsonl")}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(files["ranked.csv"], table.to_csv(index=False, float_format="%.6g"))
+    for name, rows in (("suspects.jsonl", worst), ("filtered.jsonl", rest)):
+        write_whole(files[name], "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    return files
+
+
+def retrained(
+    chosen: Subject, judged: Dataset, harm: Float[np.ndarray, " n"], suspects: int, seeds: int, folder: Path
+) -> Bank:
+    """Fine-tune on all examples, without the suspects, and without as many at random, each with several orders of
+    batches, and measure examples that no score has seen.
+
+    Raises:
+        InputError: there is no recipe.
+    """
+    if chosen.tuned.training is None:
+        raise InputError("To train again, the adapter's recipe must be known: give epochs and learning_rate.")
+    n = len(chosen.tuned.train)
+    plan = []
+    for order in range(seeds):
+        chance = np.random.default_rng(order).standard_normal(n)
+        each = [
+            retraining.full(n),
+            selection.keep(harm, 1 - suspects / n, "suspects"),
+            selection.keep(chance, 1 - suspects / n, "random"),
+        ]
+        plan += [replace(one, order=order) for one in each]
+    outcome_of = retraining.outcomes(replace(chosen.tuned, query=judged), chosen.loss_fn, chosen.right_fn, batch_size=8)
+    about = {"task": chosen.task.name, "data": chosen.task.revision, "judged_on": len(judged)}
+    return retraining.bank(plan, outcome_of, about, folder)
+
+
+def whether_it_helped(bank: Bank) -> pd.DataFrame:
+    """The loss and the share of right answers of the models that `retrained` made, mean over orders of batches, and by
+    how much they are better than those of all data, paired by order, with a 95% interval (Student's t)."""
+    rows = {}
+    orders = sorted(bank.rows["order"].unique())
+    full = {order: bank.select(design="full", order=order) for order in orders}
+    for name, values in {
+        "all data": {"design": "full"},
+        "suspects": {"method": "suspects"},
+        "random": {"method": "random"},
+    }.items():
+        some = [bank.select(order=order, **values) for order in orders]
+        found = {"loss": np.mean([each.losses.mean() for each in some])}
+        gains = {
+            "loss_gain": [
+                full[order].losses.mean() - each.losses.mean() for order, each in zip(orders, some, strict=True)
+            ]
+        }
+        if bank.right is not None:
+            found["right"] = np.mean([each.right.mean() for each in some])
+            gains["right_gain"] = [
+                each.right.mean() - full[order].right.mean() for order, each in zip(orders, some, strict=True)
+            ]
+        for gain, each in gains.items():
+            low, high = confidence_interval(pd.Series(each))
+            found |= {gain: np.mean(each), f"{gain}_low": low, f"{gain}_high": high}
+        rows["without " + name if name != "all data" else name] = found
+    return pd.DataFrame(rows).T
+
+
+def main() -> None:
+    """``make audit``: notebook 80 with what the environment names, and the page of it beside what it writes."""
+    names = {name.lower(): os.environ.get(name, "") for name in ("ADAPTER", "TRAIN", "QUERIES")}
+    out = Path(os.environ.get("OUT") or "audit")
+    try:
+        if missing := [name.upper() for name, value in names.items() if not value]:
+            raise InputError(
+                f"Name {' and '.join(missing)}: make audit ADAPTER=folder TRAIN=file QUERIES=file OUT=folder"
+            )
+        more = yaml.safe_load(os.environ.get("AUDIT") or "{}")
+        given = {**names, "report": str(out.absolute()), **more}
+        notebook = ROOT / "notebooks" / "80_your_adapter.ipynb"
+        if unknown := given.keys() - papermill.inspect_notebook(str(notebook)).keys():
+            raise InputError(f"AUDIT names {min(unknown)!r}, which is no parameter of notebook 80.")
+        out.mkdir(parents=True, exist_ok=True)
+        made = str(out / "notebook.ipynb")
+        print(f"Auditing {names['adapter']}; the notebook as it runs is {made}.")
+        papermill.execute_notebook(str(notebook), made, given, progress_bar=True, log_output=False)
+    except PapermillExecutionError as error:
+        sys.exit(f"{error.ename}: {error.evalue}" if error.ename == InputError.__name__ else str(error))
+    except InputError as error:
+        sys.exit(str(error))
+    page, _ = HTMLExporter(exclude_input=True).from_filename(made)
+    (out / "notebook.html").write_text(page, encoding="utf8")
+    print(f"Done: {out / 'report.html'} to look at; {out}/ has ranked.csv, suspects.jsonl, filtered.jsonl.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The explorer: a page that needs no server and no network, on which queries and what acts on them can be looked at.
+
+Pick a query, and see its most helpful and most harmful training examples side by side, the words that the influence
+comes through, each part of the model's share, and whether comparing words would have found the example too.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import itables
+import itables.javascript
+import jinja2
+import numpy as np
+import pandas as pd
+from IPython.display import HTML
+from jaxtyping import Float
+from scipy import stats
+from transformers import PreTrainedTokenizerBase
+
+import datainf
+from datainf.attribution.tokens import token_influence
+from datainf.evaluation.parts import parts
+from datainf.models.losses import IGNORED
+from datainf.study.ground_truth import Gradients
+
+FOUND_BY_WORDS = 10
+"""Of an example that a comparison of words puts among its first so many it is said that the words find it too."""
+
+
+def collect(
+    taken: Gradients,
+    scores: Float[np.ndarray, "m n"],
+    method: str,
+    damping: Any,
+    by_words: Float[np.ndarray, "m n"],
+    *,
+    queries: int = 20,
+    examples: int = 5,
+) -> dict[str, Any]:
+    """What the page shows, in values of JSON.
+
+    Args:
+        scores, method, damping: the scores, and what they were made by; sums over layers, not over ranks.
+        by_words: scores by a comparison of words, such as BM25.
+        queries: how many are shown, the first ones.
+        examples: of each how many helpful and how many harmful ones.
+    """
+    chosen, shown = taken.chosen, min(queries, scores.shape[0])
+    some_queries = {name: rows[:shown] for name, rows in taken.query.items()}
+    R = datainf.ihvp(taken.train, _with_shapes(some_queries, taken.query), method, damping, **_factors(taken, method))
+    order = np.argsort(scores[:shown], axis=1, kind="stable")
+    k = min(examples, scores.shape[1] // 2)
+    picked = [{"helpful": row[:k].tolist(), "harmful": row[::-1][:k].tolist()} for row in order]
+    needed = sorted({index for each in picked for side in each.values() for index in side})
+    words_of = dict(
+        zip(
+            needed,
+            token_influence(
+                chosen.tuned.model,
+                [chosen.tuned.train[index] for index in needed],
+                chosen.loss_fn,
+                R,
+                collate_fn=chosen.tuned.collate,
+            ),
+            strict=True,
+        )
+    )
+    of_parts = parts(taken.train)
+    blocks = [name for name in of_parts if name in ("head", "low", "middle", "top")]
+    rank_by_words = stats.rankdata(by_words[:shown], axis=1, method="ordinal")
+    rank = scores.shape[1] - stats.rankdata(scores[:shown], axis=1, method="ordinal") + 1
+
+    def card(query: int, index: int) -> dict[str, Any]:
+        (of_tokens,) = words_of[index].by_length.values() or (np.zeros((shown, 0)),)
+        ids = chosen.tuned.train[index]["input_ids"]
+        shares = {
+            part: -sum(float(R[name][query] @ taken.train[name][index]) for name in of_parts[part]) for part in blocks
+        }
+        return {
+            "example": index,
+            "score": float(scores[query, index]),
+            "rank": int(rank[query, index]),
+            "rank_by_words": int(rank_by_words[query, index]),
+            "words": pieces(chosen.tuned.tokenizer, ids),
+            "values": [round(float(value), 7) for value in of_tokens[query][: len(ids)]],
+            "shares": shares,
+        }
+
+    return {
+        "method": method,
+        "n": scores.shape[1],
+        "found_by_words": FOUND_BY_WORDS,
+        "queries": [
+            {
+                "text": chosen.texts[1][query],
+                **{side: [card(query, index) for index in indices] for side, indices in picked[query].items()},
+            }
+            for query in range(shown)
+        ],
+    }
+
+
+def _with_shapes(gradients: Mapping, like: datainf.GradientStore) -> datainf.GradientStore:
+    return datainf.GradientStore(gradients, shapes=like.shapes)
+
+
+def _factors(taken: Gradients, method: str) -> dict[str, Any]:
+    return {"factors": taken.factors} if method == "ekfac" else {}
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of every token, which read one after another are the example's text."""
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    found = [tokenizer.decode([one]) for one in ids]
+    if any(name.startswith("##") for name in tokenizer.get_vocab()):  # WordPiece writes no spaces
+        return [name[2:] if name.startswith("##") else f" {text}" for name, text in zip(names, found, strict=True)]
+    if any(name.startswith("▁") for name in names):  # SentencePiece's decoding drops a leading one
+        return [name.replace("▁", " ") for name in names]
+    return found
+
+
+def as_seen(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Sequence[int]]) -> str:
+    """One encoded example in HTML, as the model sees it, with what the loss is of marked."""
+    ids, labels = example["input_ids"], example["labels"]
+    kept = labels if isinstance(labels, list) else [IGNORED] * len(ids)  # of a classifier one label, which is no token
+    marked = [
+        escape(piece) if label == IGNORED else f'<mark style="background:#fde3b0">{escape(piece)}</mark>'
+        for piece, label in zip(pieces(tokenizer, ids), kept, strict=True)
+    ]
+    after = "" if isinstance(labels, list) else f"<p>label: <b>{labels}</b></p>"
+    return (
+        f'<div style="white-space:pre-wrap;border-left:4px solid #ccc;padding-left:1em">{"".join(marked)}</div>{after}'
+    )
+
+
+def fragment(data: Mapping[str, Any]) -> HTML:
+    """The explorer for a notebook, in a frame of its own so that neither disturbs the other's looks."""
+    page = _template("explorer.html").render(data=data, title="", parts=[], head="", whole=False)
+    return HTML(f'<iframe srcdoc="{escape(page, quote=True)}" style="width:100%;height:900px;border:0"></iframe>')
+
+
+def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence[tuple[str, str]], table: pd.DataFrame):
+    """Write the page that stands by itself: what was found, the explorer, and the whole table, to sort and to search.
+
+    Args:
+        said: headings and paragraphs in HTML that stand before the explorer, and after it those of `HOW_TO_READ`.
+        table: of all training examples, as `audit.ranked` gives it.
+    """
+    bundle = resources.files("itables") / "html" / "dt_bundle.js"
+    head = itables.javascript.generate_init_offline_itables_html(Path(str(bundle)))
+    shown = table.assign(text=table["text"].str.replace("\n", " "))
+    wide = [{"width": "45%", "targets": [table.columns.get_loc("text")]}]
+    options = {"classes": "display compact", "columnDefs": wide, "pageLength": 25, "display_logo_when_loading": False}
+    rows = itables.to_html_datatable(shown.round(5), connected=False, maxBytes=0, showIndex=False, **options)
+    page = _template("explorer.html").render(
+        data=data, title=title, parts=said, head=head, table=rows, how_to_read=HOW_TO_READ, whole=True
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf8")
+
+
+def _template(name: str) -> jinja2.Template:
+    loader = jinja2.PackageLoader("datainf.study.explorer", ".")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(name)
+
+
+HOW_TO_READ = [
+    (
+        "The sign",
+        "A score above zero is harmful: giving the training example more weight raises the query's loss. Below zero it "
+        "is helpful. The absolute score says that an example matters, not which way.",
+    ),
+    (
+        "The size",
+        "Nats of the query's loss per unit of the example's weight, where each of the n examples has a weight of 1 and "
+        "the loss is their mean: leaving the example out is predicted to change the query's loss by minus the score "
+        "over n. How well that holds depends on the method and its damping; the order is more reliable than the size.",
+    ),
+    (
+        "Why most are near zero",
+        "Each example is one of n, and most have little to do with a given query. A few large scores are what to look "
+        "at; the rank of an example in the middle means nothing.",
+    ),
+    (
+        "Which method",
+        "Held against retraining, Exact at a damping that fits the length of the fine-tuning predicts best; DataInf "
+        "hardly depends on damping and is the safe choice for a short fine-tuning. For wrong labels look at the "
+        "training loss first: it needs no queries, and often finds more of them.",
+    ),
+    (
+        "When to trust the words instead",
+        "Where a comparison of words (BM25) finds the same examples, influence has told you nothing new: the example "
+        "is alike. What influence alone finds is worth a look, and is also where it may be wrong.",
+    ),
+]
+"""How to read a score: headings and what is said."""
