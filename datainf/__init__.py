@@ -7,7 +7,7 @@ scores = datainf.influence(train, query, method="datainf")    # Tensor (m, n); >
 
 from datainf.attribution.damping import damping_of_training
 from datainf.attribution.estimating import estimate
-from datainf.attribution.influence import METHODS, ihvp, influence, resolve_method, scores, self_influence
+from datainf.attribution.influence import METHODS, ihvp, influence, resolve_method, scores, self_influence, suspects
 from datainf.gradients.factors import kronecker_factors
 from datainf.gradients.per_sample import per_sample_gradients, reference_gradients
 from datainf.storage.store import GradientStore
@@ -25,4 +25,5 @@ __all__ = [
     "resolve_method",
     "scores",
     "self_influence",
+    "suspects",
 ]

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from datainf import processes, progress
@@ -75,6 +75,7 @@ __all__ = [
     "resolve_method",
     "scores",
     "self_influence",
+    "suspects",
 ]
 
 
@@ -236,6 +237,23 @@ def self_influence(
             total[rows] -= (R * G.tensor(rows)).sum(dim=1)
         del R  # before the next layer's
     return processes.add_up(total)
+
+
+def suspects(
+    train: Mapping[str, Tensor],
+    query: Mapping[str, Tensor] | None = None,
+    method: str | Method = "datainf",
+    damping: Damping = 0.1,
+    **options,
+) -> Int[Tensor, " n"]:
+    """The training examples' places, the most suspicious first, whichever way that is in the scores.
+
+    With queries, those whose up-weighting raises the mean query's loss most: the highest influence. Without, those that
+    the model fits mostly by themselves: the most negative self-influence. Arguments and errors as in `influence`.
+    """
+    if query is None:
+        return self_influence(train, method, damping, **options).argsort(stable=True)
+    return influence(train, query, method, damping, **options).mean(dim=0).argsort(descending=True, stable=True)
 
 
 def _as_one_layer(*sides: Mapping[str, Tensor] | None) -> list[Mapping[str, Tensor] | None]:

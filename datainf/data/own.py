@@ -127,7 +127,9 @@ def text_columns(examples: Dataset, asked: Sequence[str], source: str) -> list[s
         raise InputError(f"{source} has no column {missing[0]!r}; it has {', '.join(examples.column_names)}.")
     kinds = examples.features
     texts = list(asked) or [
-        name for name in examples.column_names if name != LABEL and getattr(kinds[name], "dtype", "") == "string"
+        name
+        for name in examples.column_names
+        if name != LABEL and getattr(kinds[name], "dtype", "") in ("string", "large_string")
     ]
     if not 1 <= len(texts) <= 2:
         raise InputError(f"{source} has {len(texts)} columns of text ({', '.join(texts)}): name one or two of them.")

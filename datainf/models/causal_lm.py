@@ -142,7 +142,7 @@ def encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, context: int, wha
         ids = tokenizer(f"{row['prompt']} {row['response']}")["input_ids"]
         if ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, tokenizer.eos_token_id]
-        start = _common(prompt, ids)  # a token that spans the border belongs to the response
+        start = common(prompt, ids)  # a token that spans the border belongs to the response
         return {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
@@ -201,6 +201,6 @@ def _pad_left(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) 
         return dict(tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt"))
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
+def common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the start."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -28,6 +28,7 @@ from transformers import (
 from datainf.data import own
 from datainf.errors import InputError
 from datainf.models import lora, losses
+from datainf.models.causal_lm import common
 from datainf.models.forward import of_each
 from datainf.models.lora import FineTuned, Recipe
 from datainf.models.training import Training
@@ -272,12 +273,11 @@ def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, reading: Readi
 
 
 def _plain(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, between: str) -> tuple[list, list]:
-    """The ids, and where the response stands: after as many tokens as the prompt has by itself."""
+    """The ids, and where the response stands; a token that spans the border belongs to it."""
     end = tokenizer.eos_token or ""
     whole = f"{prompt}{between}{response}" + ("" if response.endswith(end) else end)
     ids = tokenizer(whole)["input_ids"]
-    start = len(tokenizer(prompt)["input_ids"])
-    return ids, [(start, len(ids))]
+    return ids, [(common(tokenizer(prompt)["input_ids"], ids), len(ids))]
 
 
 def _chat(before: list, after: list, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list, list]:
@@ -285,15 +285,20 @@ def _chat(before: list, after: list, tokenizer: PreTrainedTokenizerBase, place: 
     if not tokenizer.chat_template:
         raise InputError("The tokenizer has no chat template: give template='plain', or a tokenizer that has one.")
 
-    def rendered(turns: list, ask: bool = False) -> list[int]:
-        found = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=ask, return_dict=True)
-        return list(found["input_ids"])
+    def rendered(turns: list, **options) -> dict:
+        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
 
-    turns = [*before, *after]
-    ids, spans = rendered(turns), []
-    for end in range(len(before), len(turns)):
-        if turns[end]["role"] == "assistant":
-            asked, said = rendered(turns[:end], ask=True) if end else [], rendered(turns[: end + 1])
+    turns, spans = [*before, *after], []
+    if not before and "{% generation" in tokenizer.chat_template:  # the template says itself what the assistant says
+        whole = rendered(turns, return_assistant_tokens_mask=True)
+        return whole["input_ids"], [(at, at + 1) for at, said in enumerate(whole["assistant_masks"]) if said]
+    ids = rendered(turns)["input_ids"]
+    if before:
+        return ids, [(common(rendered(before, add_generation_prompt=True)["input_ids"], ids), len(ids))]
+    for end, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            asked = rendered(turns[:end], add_generation_prompt=True)["input_ids"] if end else []
+            said = rendered(turns[: end + 1])["input_ids"]
             if ids[: len(said)] != said or ids[: len(asked)] != asked:
                 raise InputError(
                     f"{place}: the chat template writes what came before otherwise once the conversation goes on, so "

@@ -232,6 +232,22 @@ def whether_it_helped(bank: Bank) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
+def readable(helped: pd.DataFrame) -> pd.DataFrame:
+    """`whether_it_helped` with each gain and its interval in one cell."""
+
+    def gain(row: pd.Series, name: str) -> str:
+        value, low, high = row[[name, f"{name}_low", f"{name}_high"]]
+        return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+    table = pd.DataFrame({"loss, nats": helped["loss"].map("{:.3f}".format)})
+    table["lower than of all data by"] = helped.apply(gain, axis=1, name="loss_gain")
+    if "right" in helped:
+        table["right answers"] = helped["right"].map("{:.1%}".format)
+        table["more than of all data by"] = helped.apply(gain, axis=1, name="right_gain")
+    table.iloc[0, 1::2] = ""
+    return table
+
+
 def main() -> None:
     """``make audit``: notebook 80 with what the environment names, and the page of it beside what it writes."""
     names = {name.lower(): os.environ.get(name, "") for name in ("ADAPTER", "TRAIN", "QUERIES")}
@@ -244,8 +260,12 @@ def main() -> None:
         more = yaml.safe_load(os.environ.get("AUDIT") or "{}")
         given = {**names, "report": str(out.absolute()), **more}
         notebook = ROOT / "notebooks" / "80_your_adapter.ipynb"
-        if unknown := given.keys() - papermill.inspect_notebook(str(notebook)).keys():
+        known = papermill.inspect_notebook(str(notebook))
+        if unknown := given.keys() - known.keys():
             raise InputError(f"AUDIT names {min(unknown)!r}, which is no parameter of notebook 80.")
+        for name, value in more.items():  # 2e-4 is a text to YAML
+            if known[name]["inferred_type_name"] == "float" and isinstance(value, str):
+                given[name] = float(value)
         out.mkdir(parents=True, exist_ok=True)
         made = str(out / "notebook.ipynb")
         print(f"Auditing {names['adapter']}; the notebook as it runs is {made}.")

@@ -633,3 +633,12 @@ def test_gpu_equals_cpu(method):
     on_gpu = datainf.influence(train, query, method=method, factors=FACTORS, device="cuda")
     assert on_gpu.device.type == "cuda"
     assert relative_error(on_gpu.cpu(), datainf.influence(train, query, method=method, factors=FACTORS)) <= 1e-10
+
+
+def test_suspects_are_ranked_the_right_way_round():
+    train, query = pair()
+    by_queries, by_themselves = datainf.suspects(train, query, "exact"), datainf.suspects(train, method="exact")
+    harm = datainf.influence(train, query, "exact").mean(dim=0)
+    assert (harm[by_queries].diff() <= 0).all()
+    own = datainf.self_influence(train, "exact")
+    assert by_themselves[0] == own.argmin() and (own[by_themselves].diff() >= 0).all()

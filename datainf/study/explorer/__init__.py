@@ -25,6 +25,7 @@ from datainf.attribution.tokens import token_influence
 from datainf.evaluation.parts import parts
 from datainf.models.losses import IGNORED
 from datainf.study.ground_truth import Gradients
+from datainf.study.plotting import label
 
 FOUND_BY_WORDS = 10
 """Of an example that a comparison of words puts among its first so many it is said that the words find it too."""
@@ -151,15 +152,22 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
     """
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
     head = itables.javascript.generate_init_offline_itables_html(Path(str(bundle)))
-    shown = table.assign(text=table["text"].str.replace("\n", " "))
-    wide = [{"width": "45%", "targets": [table.columns.get_loc("text")]}]
-    options = {"classes": "display compact", "columnDefs": wide, "pageLength": 25, "display_logo_when_loading": False}
-    rows = itables.to_html_datatable(shown.round(5), connected=False, maxBytes=0, showIndex=False, **options)
+    shown = table.drop(columns="score_for_query").assign(text=table["text"].str.replace("\n", " ")).round(5)
+    shown = shown.rename(columns={"change_without": "if left out", "query": "harms most"} | _heads(shown))
+    wide = [{"width": "30rem", "targets": [shown.columns.get_loc("text")]}]
+    options = {"classes": "display compact", "columnDefs": wide, "pageLength": 25, "autoWidth": False}
+    options |= {"showIndex": False, "maxBytes": 0, "connected": False, "display_logo_when_loading": False}
+    rows = itables.to_html_datatable(shown, **options)
     page = _template("explorer.html").render(
         data=data, title=title, parts=said, head=head, table=rows, how_to_read=HOW_TO_READ, whole=True
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf8")
+
+
+def _heads(table: pd.DataFrame) -> dict[str, str]:
+    """The baselines' ranks by the baselines' names."""
+    return {name: label(name.removeprefix("rank_")) for name in table if name.startswith("rank_")}
 
 
 def _template(name: str) -> jinja2.Template:

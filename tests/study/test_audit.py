@@ -1,0 +1,157 @@
+"""The audit's parts: what was learned, the ranking, its files, and whether leaving out helped."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset
+
+from datainf.data import own as data
+from datainf.errors import InputError
+from datainf.evaluation import retraining, selection
+from datainf.evaluation.retraining import KEY, Bank
+from datainf.models import own
+from datainf.models.lora import Recipe
+from datainf.study import audit, explorer, ground_truth
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    paths = audit.example(tmp_path_factory.mktemp("audit"))
+    rows, asked = data.load(paths["train"]), data.load(paths["queries"])
+    recipe = Recipe(epochs=4, learning_rate=0.01, batch_size=16)
+    loaded = own.load(paths["adapter"], rows, asked, reading=own.Reading("space"), recipe=recipe)
+    return paths, rows, asked, loaded
+
+
+@pytest.fixture(scope="module")
+def taken(example, tmp_path_factory):
+    _, rows, asked, loaded = example
+    chosen = audit.subject(loaded, rows, asked.select(range(6)), "it")
+    chosen = ground_truth.replace(
+        chosen, tuned=ground_truth.replace(loaded.tuned, query=loaded.tuned.query.select(range(6)))
+    )
+    return ground_truth.gradients(chosen, {"batch_size": 8}, tmp_path_factory.mktemp("gradients"))
+
+
+def test_the_example_is_what_it_says(example):
+    paths, rows, asked, _ = example
+    bad = json.loads(open(paths["known_bad"]).read())
+    assert len(rows) == 200 and len(bad) == 10 and len(asked) == 40
+    assert audit.example(str(paths["train"]).rpartition("/")[0]) == paths  # made once
+
+
+def test_an_adapter_read_by_another_template_is_found_out(example):
+    paths, rows, asked, loaded = example
+    right = audit.learned(loaded, rows)
+    assert right.index.tolist() == ["in use", "plain"] and audit.warning_of(right) == ""
+    wrong = own.load(paths["adapter"], rows, asked, reading=own.Reading("plain"))
+    assert "read by template='space' it is" in audit.warning_of(audit.learned(wrong, rows))
+    untrained = pd.DataFrame({"loss": [2.0], "base_loss": [2.1], "over_base": [2 / 2.1]}, index=["in use"])
+    assert "hardly the examples" in audit.warning_of(untrained)
+
+
+def test_the_ranking_is_by_harm():
+    scores = np.array([[1.0, -2.0, 3.0], [3.0, 0.0, -1.0]])
+    table = audit.ranked(scores, {"loss": np.array([[5.0, 9.0, 7.0]] * 2)}, ["a", "b", "c"])
+    assert table["example"].tolist() == [0, 2, 1] and table["rank"].tolist() == [1, 2, 3]
+    assert table["score"].tolist() == [2, 1, -1] and table["query"].tolist() == [1, 0, 1]
+    assert table["change_without"].tolist() == pytest.approx([-2 / 3, -1 / 3, 1 / 3])
+    assert table["rank_loss"].tolist() == [3, 2, 1]
+
+
+def test_the_files_are_the_training_file_in_two(tmp_path):
+    rows = Dataset.from_list([{"prompt": f"é{k}", "response": str(k)} for k in range(4)])
+    table = audit.ranked(np.array([[0.0, 3.0, 1.0, 2.0]]), {}, list("abcd"))
+    files = audit.write(tmp_path, table, rows, 2)
+    worst, rest = (
+        [json.loads(line) for line in files[name].read_text().splitlines()]
+        for name in ("suspects.jsonl", "filtered.jsonl")
+    )
+    assert [row["prompt"] for row in worst] == ["é1", "é3"] and worst[0]["influence"]["rank"] == 1
+    assert rest == [rows[0], rows[2]]
+    assert pd.read_csv(files["ranked.csv"])["example"].tolist() == [1, 3, 2, 0]
+
+
+def made_up_bank(helps):
+    plan = []
+    for order in range(3):
+        harm = np.arange(4.0)
+        each = [retraining.full(4), selection.keep(harm, 0.5, "suspects"), selection.keep(-harm, 0.5, "random")]
+        plan += [ground_truth.replace(one, order=order) for one in each]
+    rows = pd.DataFrame([one.key for one in plan], columns=KEY)
+    noise = np.repeat([0.0, 0.1, 0.2], 3)  # of the order of batches, which all models of it share
+    loss = 1 + noise - helps * (rows["method"] == "suspects").to_numpy() + 0.01 * np.arange(9)
+    return Bank(
+        {}, rows, np.stack([one.kept for one in plan]), np.tile(loss[:, None], (1, 5)), np.ones((9, 5), dtype=bool)
+    )
+
+
+def test_whether_it_helped_is_paired_by_order():
+    found = audit.whether_it_helped(made_up_bank(helps=0.5))
+    assert found.index.tolist() == ["all data", "without suspects", "without random"]
+    gain = found.loc["without suspects"]
+    assert gain["loss_gain"] == pytest.approx(0.49) and gain["loss_gain_low"] == pytest.approx(0.49)
+    assert found.loc["without random", "loss_gain"] == pytest.approx(-0.02)
+    assert audit.readable(found).iloc[1, 1] == "+0.490 [+0.490, +0.490]"
+
+
+def test_without_a_recipe_nothing_is_trained_again(example, tmp_path):
+    paths, rows, asked, _ = example
+    chosen = audit.subject(own.load(paths["adapter"], rows, asked), rows, asked, "it")
+    with pytest.raises(InputError, match="the adapter's recipe must be known"):
+        audit.retrained(chosen, chosen.tuned.query, np.zeros(len(rows)), 3, 1, tmp_path)
+
+
+def test_the_page_shows_the_scores_and_their_words(taken, tmp_path):
+    scores = taken.influence("exact@1")
+    words = ground_truth.baselines_of(taken)["bm25"]()
+    page = explorer.collect(taken, scores, "exact", 1.0, words, queries=2, examples=3)
+    assert len(page["queries"]) == 2
+    for number, query in enumerate(page["queries"]):
+        order = np.argsort(scores[number])
+        assert [card["example"] for card in query["helpful"]] == order[:3].tolist()
+        assert [card["example"] for card in query["harmful"]] == order[::-1][:3].tolist()
+        for card in (*query["helpful"], *query["harmful"]):
+            size = abs(scores[number]).max()
+            assert card["score"] == pytest.approx(scores[number, card["example"]])
+            assert sum(card["values"]) == pytest.approx(card["score"], abs=1e-3 * size)
+            assert sum(card["shares"].values()) == pytest.approx(card["score"], abs=1e-3 * size)
+            assert len(card["words"]) == len(card["values"])
+            text = taken.chosen.texts[0][card["example"]].replace("\n→", "")
+            assert re.sub(r"\s+", " ", "".join(card["words"]).replace("<s>", "").replace("</s>", "")).strip() == re.sub(
+                r"\s+", " ", text
+            )
+    table = audit.ranked(scores, {"bm25": words}, taken.chosen.texts[0])
+    path = tmp_path / "report.html"
+    explorer.report(path, "An <audit>", page, [("What", "<p>It.</p>")], table)
+    html = path.read_text()
+    assert "An &lt;audit&gt;" in html and path.stat().st_size < 5e6
+    assert not re.search(r"""(src|href)=["']?https?://(?!itables)""", html)  # nothing is fetched
+    held = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+    assert held == json.loads(json.dumps(page))
+
+
+def test_what_a_text_holds_cannot_leave_its_place(taken, tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    chosen = ground_truth.replace(taken.chosen, texts=([evil] * 200, [evil] * 6))
+    scores = taken.influence("hessian_free")
+    page = explorer.collect(
+        ground_truth.replace(taken, chosen=chosen), scores, "hessian_free", 0.1, -scores, queries=1, examples=1
+    )
+    explorer.report(tmp_path / "report.html", evil, page, [], audit.ranked(scores, {}, [evil] * 200))
+    assert evil not in (tmp_path / "report.html").read_text()
+    assert evil not in explorer.fragment(page).data
+
+
+def test_pieces_are_the_text():
+    from transformers import AutoTokenizer
+
+    from datainf.demo import BASES
+
+    for base in ("demo-llama", "demo-roberta"):
+        tokenizer = AutoTokenizer.from_pretrained(BASES[base])
+        ids = tokenizer("The warm cooks cover melons.", add_special_tokens=False)["input_ids"]
+        assert "".join(explorer.pieces(tokenizer, ids)).strip() == tokenizer.decode(ids).strip()
