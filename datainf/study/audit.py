@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import papermill
+import psutil
 import yaml
 from datasets import Dataset
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from scipy import stats
 
+from datainf.attribution.estimating import Estimate
 from datainf.data import own, text
 from datainf.errors import InputError
 from datainf.evaluation import retraining, selection
@@ -29,6 +31,7 @@ from datainf.models import causal_lm, lora
 from datainf.models import own as own_models
 from datainf.models.lora import Recipe
 from datainf.storage.files import write_whole
+from datainf.storage.memory import in_words
 from datainf.study.ground_truth import Subject
 from datainf.study.plotting import confidence_interval, label
 from datainf.study.provenance import ROOT, rooted
@@ -133,6 +136,20 @@ def warning_of(found: pd.DataFrame) -> str:
     if best != "in use":
         return f"{said}; read by template={best!r} it is {found['loss'].min():.2f}: the adapter was trained on that."
     return f"{said}: these are hardly the examples, or not the text, that the adapter was trained on."
+
+
+def check_room(estimated: Estimate) -> None:
+    """Refuse what memory does not hold, before long work starts.
+
+    Raises:
+        InputError: names the stage that needs most.
+    """
+    most, free = estimated.stages["peak_bytes"].astype(float), psutil.virtual_memory().available
+    if most.max() > free:
+        raise InputError(
+            f"The stage {most.idxmax()!r} would hold {in_words(most.max())}, and {in_words(free)} of memory is free: "
+            "give fewer queries, or fewer training examples."
+        )
 
 
 def ranked(

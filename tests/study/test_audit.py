@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
+import datainf
 from datainf.data import own as data
 from datainf.errors import InputError
 from datainf.evaluation import retraining, selection
@@ -51,6 +52,13 @@ def test_an_adapter_read_by_another_template_is_found_out(example):
     assert "read by template='space' it is" in audit.warning_of(audit.learned(wrong, rows))
     untrained = pd.DataFrame({"loss": [2.0], "base_loss": [2.1], "over_base": [2 / 2.1]}, index=["in use"])
     assert "hardly the examples" in audit.warning_of(untrained)
+
+
+def test_more_than_memory_holds_is_refused_before_it_is_begun(example):
+    model = example[3].tuned.model
+    audit.check_room(datainf.estimate(model, 200, 40))
+    with pytest.raises(InputError, match="The stage .* would hold .* of memory is free: give fewer queries"):
+        audit.check_room(datainf.estimate(model, 200, 10**8))
 
 
 def test_the_ranking_is_by_harm():
