@@ -160,7 +160,7 @@ def _other_inputs(theirs: Mapping, mine: Mapping) -> list[str]:
             if name in theirs and name in mine and column in theirs[name] and column in mine[name]:
                 keys = ["dataset", "rank", "seed"]
                 pair = (records[name].drop_duplicates(keys).set_index(keys)[column] for records in (theirs, mine))
-                both = pd.concat(pair, axis=1, join="inner").astype(str)
+                both = pd.concat(pair, axis=1, join="inner").astype(str).fillna("")
                 if (both.iloc[:, 0] != both.iloc[:, 1]).any():
                     found.append(f"another {what} in {name}")
     return found
@@ -256,7 +256,8 @@ def _claims(theirs: Mapping, mine: Mapping, reported: pd.DataFrame, same: bool) 
         left_out = seeds if len(seeds) > 1 else []
         without = [_said(name, theirs[name].query("seed != @seed"), reported) for seed in left_out]
         for key, text in published.items():
-            own, jackknife = ours.get(key, ""), [again[key] for again in without]
+            # What only one seed says anything of has nothing left without it.
+            own, jackknife = ours.get(key, ""), [again[key] for again in without if key in again]
             found = {"item": key[0], "claim": key[1], "published": text, "ours": own}
             rows.append(found | _compared(text, own, jackknife, same))
     return pd.DataFrame(rows, columns=["item", "claim", "published", "ours", "difference", "tolerance", "status"])

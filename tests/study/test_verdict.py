@@ -144,3 +144,14 @@ def test_other_models_or_data_are_named(published, tmp_path):
     assert not found.holds
     assert found.summary().startswith("NOT of what was published: another model in approximation_error; another model")
     assert "another data" not in found.summary()
+
+
+@pytest.mark.parametrize("scale", ["demo", "laptop"])
+def test_what_is_published_is_equal_to_itself(scale):
+    """Every experiment of a scale has a verdict, those without claims of the paper too."""
+    place = verdict.PUBLISHED / scale
+    found = verdict.verdict(place, place, results.paper_reported(ROOT / "results"))
+    assert found.holds and set(found.numbers["status"]) == set(found.claims["status"]) == {verdict.EQUAL}
+    assert set(found.numbers["experiment"]) >= {
+        path.stem.partition("-")[0] for path in (place / "runs").glob("*-*.csv")
+    }

@@ -41,7 +41,7 @@ def ours_beside_paper(
 def claims_of(experiment: str, records: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """The part of `ours_beside_paper` that is of one experiment, from its records."""
     paper = reported.set_index(["item", "dataset", "rank", "method", "metric"])["value"]
-    rows = [row for rows_of in _ROWS[experiment] for row in rows_of(records, paper)]
+    rows = [row for rows_of in _ROWS.get(experiment, ()) for row in rows_of(records, paper)]
     return pd.DataFrame(rows, columns=["item", "claim", "paper", "ours"])
 
 
