@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer, BertTokenizerFast
 
 import datainf
 from datainf.data import own as data
+from datainf.demo import BASES
 from datainf.errors import InputError
 from datainf.evaluation import retraining, selection
 from datainf.evaluation.retraining import KEY, Bank
@@ -154,12 +156,14 @@ def test_what_a_text_holds_cannot_leave_its_place(taken, tmp_path):
     assert evil not in explorer.fragment(page).data
 
 
-def test_pieces_are_the_text():
-    from transformers import AutoTokenizer
-
-    from datainf.demo import BASES
-
+def test_pieces_are_the_text(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "warm", "mel", "##ons", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    of_words = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    ids = of_words("The warm melons.", add_special_tokens=False)["input_ids"]
+    assert explorer.pieces(of_words, ids) == [" the", " warm", " mel", "ons", " ."]
     for base in ("demo-llama", "demo-roberta"):
         tokenizer = AutoTokenizer.from_pretrained(BASES[base])
+        tokenizer.add_tokens(["##"])  # as some vocabularies of byte pairs have
         ids = tokenizer("The warm cooks cover melons.", add_special_tokens=False)["input_ids"]
         assert "".join(explorer.pieces(tokenizer, ids)).strip() == tokenizer.decode(ids).strip()

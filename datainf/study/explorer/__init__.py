@@ -18,6 +18,7 @@ import pandas as pd
 from IPython.display import HTML
 from jaxtyping import Float
 from scipy import stats
+from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerBase
 
 import datainf
@@ -116,7 +117,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of every token, which read one after another are the example's text."""
     names = tokenizer.convert_ids_to_tokens(list(ids))
     found = [tokenizer.decode([one]) for one in ids]
-    if any(name.startswith("##") for name in tokenizer.get_vocab()):  # WordPiece writes no spaces
+    if isinstance(tokenizer.backend_tokenizer.model, WordPiece):  # which writes no spaces
         return [name[2:] if name.startswith("##") else f" {text}" for name, text in zip(names, found, strict=True)]
     if any(name.startswith("▁") for name in names):  # SentencePiece's decoding drops a leading one
         return [name.replace("▁", " ") for name in names]
