@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import papermill
@@ -38,6 +39,13 @@ from datainf.study.provenance import ROOT, rooted
 
 SAMPLE = 64
 """Training examples on which it is seen whether the adapter has learned them."""
+
+
+IN_USE = "in use"
+"""Of the templates that could write the examples the one that does."""
+
+BY_WORDS = ("bm25", "tfidf")
+"""Comparisons of words, of which rank 1 is the most alike; of all others it is the most suspicious."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +102,59 @@ def halved(chosen: Subject) -> tuple[Subject, Dataset]:
     ), rest
 
 
-def summary(adapter: str, chosen: Subject, method: str, suspects: int) -> str:
+def title_of(adapter: str) -> str:
+    """The last two parts of the folder, since the last is often but "adapter"."""
+    return "/".join(Path(adapter).absolute().parts[-2:])
+
+
+def summary(
+    adapter: own_models.Adapter, chosen: Subject, found: pd.DataFrame, method: str, suspects: int, by: str
+) -> str:
     """What a report says it is of, in HTML."""
     tuned, kind = chosen.tuned, "classifier" if chosen.labelled else "language model"
     base = Path(getattr(tuned.model.get_base_model(), "name_or_path", "") or "its base").name  # no one's disk
-    return (
-        f"<p>The adapter <b>{escape(Path(adapter).name)}</b> of a {kind} on <b>{escape(base)}</b>: {len(tuned.train)} "
-        f"training examples, {len(tuned.query)} queries, by {escape(label(method))}. The first {suspects} are in "
-        "suspects.jsonl; filtered.jsonl is the training file without them.</p>"
-    )
+    query_loss = adapter.losses_of(tuned.query)[0].mean()
+    facts = {
+        "model": f"a {kind} on {base}",
+        "training examples": f"{len(tuned.train)}, of mean loss {found['loss'].iloc[0]:.3f} nats (without the adapter "
+        f"{found['base_loss'].iloc[0]:.3f}), in a sample",
+        "queries": f"{len(tuned.query)}, of mean loss {query_loss:.3f} nats",
+        "read": "as columns of text" if chosen.labelled else f"by the template {adapter.reading.template}",
+        "ranked by": label(method),
+        "suspects": f"the first {suspects} by {label(by)}: suspects.jsonl; the rest is filtered.jsonl",
+        "numbers": "examples and queries are counted from 0, in the order of their files",
+    }
+    rows = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in facts.items())
+    return f'<table class="said facts-of">{rows}</table>'
+
+
+def best_read(
+    adapter: str, train: Dataset, query: Dataset, reading: own_models.Reading, **options
+) -> tuple[own_models.Adapter, pd.DataFrame]:
+    """`models.own.load`; where ``template`` is "auto" and texts may be written in several ways, by the one that the
+    adapter has learned best.
+
+    Returns:
+        The adapter, and what `learned` says of it.
+    """
+    loaded = own_models.load(adapter, train, query, reading=reading, **options)
+    found = learned(loaded, train)
+    if reading.template == "auto" and (best := found["loss"].idxmin()) != IN_USE:
+        loaded = own_models.load(adapter, train, query, reading=replace(reading, template=best), **options)
+        found = learned(loaded, train)
+    return loaded, found
 
 
 def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
     """Whether the adapter has learned its training examples as they are read here: the mean loss of a sample with it
     and without, a row per template that could write them, the one in use first.
 
-    An adapter that is read by another template than it was trained by is hardly better than its base.
+    An adapter that is read by another template than it was trained by is not much better than its base, or better by
+    that other.
     """
-    sample = train.select(range(min(SAMPLE, len(train))))
-    in_use, rows = adapter.reading.template, {}
+    sample, in_use, rows = train.select(range(min(SAMPLE, len(train)))), adapter.reading.template, {}
     texts_alone = not adapter.is_classifier and isinstance(own.conversation(sample[0], "Training example 0")[1], str)
+    in_use = "plain" if in_use == "auto" and texts_alone else in_use
     others = [name for name in own_models.TEMPLATES if name not in (in_use, "auto")] if texts_alone else []
     for template in [in_use, *others]:
         if template == "chat" and not adapter.tuned.tokenizer.chat_template:
@@ -122,20 +163,24 @@ def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
         if template != in_use:
             encoded = own_models.encode(sample, adapter.tuned.tokenizer, replace(adapter.reading, template=template))
         with_it, without = adapter.losses_of(encoded)
-        rows["in use" if template == in_use else template] = {"loss": with_it.mean(), "base_loss": without.mean()}
+        rows[IN_USE if template == in_use else template] = {"loss": with_it.mean(), "base_loss": without.mean()}
     table = pd.DataFrame(rows).T.rename_axis("template")
     return table.assign(over_base=table["loss"] / table["base_loss"])
 
 
 def warning_of(found: pd.DataFrame) -> str:
-    """What is amiss by `learned`, in a sentence; empty where nothing is."""
-    ours, best = found["loss"].iloc[0], found["loss"].idxmin()
-    if found["over_base"].iloc[0] < own_models.TUNED_IS_BELOW and best == "in use":
+    """What is amiss by `learned`, and what to do; empty where nothing is."""
+    ours, best = found.iloc[0], found["loss"].idxmin()
+    if ours["over_base"] < own_models.TUNED_IS_BELOW and best == IN_USE:
         return ""
-    said = f"With the adapter the mean training loss is {ours:.2f} nats, without it {found['base_loss'].iloc[0]:.2f}"
-    if best != "in use":
-        return f"{said}; read by template={best!r} it is {found['loss'].min():.2f}: the adapter was trained on that."
-    return f"{said}: these are hardly the examples, or not the text, that the adapter was trained on."
+    said = f"With the adapter the mean training loss is {ours['loss']:.2f} nats, without it {ours['base_loss']:.2f}"
+    if best != IN_USE:
+        said += f"; with the template {best} it is {found['loss'].min():.2f}. The adapter was trained on that text"
+        return f"{said}: run again with AUDIT='{{template: {best}}}', and do not use these scores."
+    return (
+        f"{said}: these are hardly the examples, or not the text, that the adapter was trained on. Do not use these "
+        "scores before that is clear."
+    )
 
 
 def check_room(estimated: Estimate) -> None:
@@ -157,15 +202,16 @@ def ranked(
 ) -> pd.DataFrame:
     """The training examples, the most harmful for the mean query first.
 
-    Columns example (its place in the file, from 0), text, score (nats per unit of weight), change_without (what the
-    mean query's loss is predicted to change by if it is left out, in nats), query (the one it harms most),
-    score_for_query, and of each baseline the example's rank, 1 the most suspicious.
+    Columns rank, example (its place in the file, from 0), text (in one line), score (nats per unit of weight),
+    change_without (what the mean query's loss is predicted to change by if it is left out, in nats), query (the one it
+    harms most, from 0), score_for_query, and of each baseline the example's rank: 1 is the most suspicious, of a
+    comparison of words (`BY_WORDS`) the most like the queries.
     """
     n, harm, worst = scores.shape[1], scores.mean(axis=0), scores.argmax(axis=0)
     table = pd.DataFrame(
         {
             "example": range(n),
-            "text": list(texts),
+            "text": [" ".join(text.split()) for text in texts],
             "score": harm,
             "change_without": -harm / n,
             "query": worst,
@@ -173,29 +219,46 @@ def ranked(
         }
     )
     for name, each in baselines.items():
-        table[f"rank_{name}"] = stats.rankdata(-each.mean(axis=0), method="ordinal")
+        table[f"rank_{name}"] = stats.rankdata((1 if name in BY_WORDS else -1) * each.mean(axis=0), method="ordinal")
     table = table.sort_values("score", ascending=False, kind="stable", ignore_index=True)
     table.insert(0, "rank", range(1, n + 1))
     return table
 
 
-def write(folder: Path, table: pd.DataFrame, train: Dataset, suspects: int) -> dict[str, Path]:
-    """Write ranked.csv, the first so many as suspects.jsonl, and the training file without them as filtered.jsonl."""
-    chosen = table["example"].to_numpy()[:suspects]
-    facts = table.set_index("example")[["rank", "score", "change_without", "query"]]
-    worst = [{**train[int(index)], "influence": facts.loc[index].to_dict()} for index in chosen]
-    rest = [train[int(index)] for index in sorted(set(range(len(train))) - set(chosen.tolist()))]
-    files = {name: folder / name for name in ("ranked.csv", "suspects.jsonl", "filtered.jsonl")}
+def first(table: pd.DataFrame, count: int, by: str) -> list[int]:
+    """The places of the most suspicious examples of `ranked`, by "influence" or the rank of a baseline.
+
+    Raises:
+        InputError: there is no such rank, or it is of no suspicion.
+    """
+    known = {"influence": "rank"} | {
+        name.removeprefix("rank_"): name for name in table if name.startswith("rank_") and not name.endswith(BY_WORDS)
+    }
+    if by not in known:
+        raise InputError(f"suspects_by must be {', '.join(known)}, not {by!r}.")
+    return table.sort_values(known[by])["example"].head(count).tolist()
+
+
+def write(
+    folder: Path, table: pd.DataFrame, train: Dataset, suspects: Sequence[int], *, trusted: bool = True
+) -> dict[str, Path]:
+    """Write ranked.csv, the suspects as suspects.jsonl, and the training file without them as filtered.jsonl, unless
+    the scores are not to be `trusted`."""
+    facts = table.set_index("example")[["rank", "score", "change_without", "query"]].astype({"score": float})
+    told = {index: {"example": index, **{name: facts[name][index].item() for name in facts}} for index in suspects}
+    rows = {"suspects.jsonl": [{**train[index], "influence": told[index]} for index in suspects]}
+    if trusted:
+        rows["filtered.jsonl"] = [train[index] for index in sorted(set(range(len(train))) - set(suspects))]
     folder.mkdir(parents=True, exist_ok=True)
+    files = {"ranked.csv": folder / "ranked.csv"}
     write_whole(files["ranked.csv"], table.to_csv(index=False, float_format="%.6g"))
-    for name, rows in (("suspects.jsonl", worst), ("filtered.jsonl", rest)):
-        write_whole(files[name], "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    for name, some in rows.items():
+        files[name] = folder / name
+        write_whole(files[name], "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in some))
     return files
 
 
-def retrained(
-    chosen: Subject, judged: Dataset, harm: Float[np.ndarray, " n"], suspects: int, seeds: int, folder: Path
-) -> Bank:
+def retrained(chosen: Subject, judged: Dataset, suspects: Sequence[int], seeds: int, folder: Path) -> Bank:
     """Fine-tune on all examples, without the suspects, and without as many at random, each with several orders of
     batches, and measure examples that no score has seen.
 
@@ -204,14 +267,14 @@ def retrained(
     """
     if chosen.tuned.training is None:
         raise InputError("To train again, the adapter's recipe must be known: give epochs and learning_rate.")
-    n = len(chosen.tuned.train)
-    plan = []
+    n, share, plan = len(chosen.tuned.train), 1 - len(suspects) / len(chosen.tuned.train), []
+    harm = np.isin(np.arange(n), suspects).astype(float)
     for order in range(seeds):
         chance = np.random.default_rng(order).standard_normal(n)
         each = [
             retraining.full(n),
-            selection.keep(harm, 1 - suspects / n, "suspects"),
-            selection.keep(chance, 1 - suspects / n, "random"),
+            selection.keep(harm, share, "suspects"),
+            selection.keep(chance, share, "random"),
         ]
         plan += [replace(one, order=order) for one in each]
     outcome_of = retraining.outcomes(replace(chosen.tuned, query=judged), chosen.loss_fn, chosen.right_fn, batch_size=8)
@@ -293,7 +356,12 @@ def main() -> None:
         sys.exit(str(error))
     page, _ = HTMLExporter(exclude_input=True).from_filename(made)
     (out / "notebook.html").write_text(page, encoding="utf8")
-    print(f"Done: {out / 'report.html'} to look at; {out}/ has ranked.csv, suspects.jsonl, filtered.jsonl.")
+    written = sorted(path.name for path in out.iterdir() if path.suffix in (".csv", ".jsonl"))
+    print(f"Done: {out / 'report.html'} to look at; {out}/ has {', '.join(written)} and the notebook.")
+    for cell in nbformat.read(made, 4).cells:
+        for shown in cell.get("outputs", ()):
+            if (said := shown.get("data", {}).get("text/markdown", "")).startswith("**Warning.**"):
+                print(f"WARNING: {said.removeprefix('**Warning.**').strip()}")
 
 
 if __name__ == "__main__":

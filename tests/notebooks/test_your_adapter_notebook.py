@@ -59,10 +59,11 @@ def test_a_classifier_by_make_audit_with_retraining(files, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("notebook.ipynb", "notebook.html", "ranked.csv", "suspects.jsonl", "filtered.jsonl", "report.html")
+        *("notebook.ipynb", "notebook.html", "ranked.csv", "suspects.jsonl", "report.html")
     }
+    assert "WARNING: With the adapter the mean training loss is" in done.stdout  # it was never trained
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Does the model get better without the suspects?" in page and "Warning" in page  # it was never trained
+    assert "Does the model get better without the suspects?" in page and "Warning" in page
     assert json.loads((tmp_path / "out" / "suspects.jsonl").read_text().splitlines()[0]).keys() == {
         "sentence",
         "label",
@@ -81,6 +82,7 @@ def test_a_classifier_by_make_audit_with_retraining(files, tmp_path):
         ({"base": "./nowhere"}, "InputError: There is no folder ./nowhere"),
         ({"train": "./nowhere.jsonl"}, "InputError: There is no file or folder ./nowhere.jsonl"),
         ({"text_columns": ["words"]}, "InputError: The training file has no column 'words'"),
+        ({"suspects": 24}, "InputError: suspects must be fewer than the 24 training examples"),
         ({"template": "xml"}, "InputError: template must be one of"),
     ],
 )

@@ -50,8 +50,11 @@ def test_an_adapter_read_by_another_template_is_found_out(example):
     paths, rows, asked, loaded = example
     right = audit.learned(loaded, rows)
     assert right.index.tolist() == ["in use", "plain"] and audit.warning_of(right) == ""
+    for given in ("auto", "space"):  # which takes what fits
+        found = audit.best_read(paths["adapter"], rows, asked, own.Reading(given))
+        assert found[0].reading.template == "space" and found[1].equals(right)
     wrong = own.load(paths["adapter"], rows, asked, reading=own.Reading("plain"))
-    assert "read by template='space' it is" in audit.warning_of(audit.learned(wrong, rows))
+    assert "run again with AUDIT='{template: space}', and do not use" in audit.warning_of(audit.learned(wrong, rows))
     untrained = pd.DataFrame({"loss": [2.0], "base_loss": [2.1], "over_base": [2 / 2.1]}, index=["in use"])
     assert "hardly the examples" in audit.warning_of(untrained)
 
@@ -70,19 +73,26 @@ def test_the_ranking_is_by_harm():
     assert table["score"].tolist() == [2, 1, -1] and table["query"].tolist() == [1, 0, 1]
     assert table["change_without"].tolist() == pytest.approx([-2 / 3, -1 / 3, 1 / 3])
     assert table["rank_loss"].tolist() == [3, 2, 1]
+    assert audit.first(table, 2, "influence") == [0, 2] and audit.first(table, 2, "loss") == [1, 2]
+    alike = audit.ranked(scores, {"bm25": np.array([[5.0, 9.0, -7.0]] * 2)}, ["a\nb", "b", "c"])
+    assert alike["rank_bm25"].tolist() == [2, 1, 3] and alike["text"][0] == "a b"
+    with pytest.raises(InputError, match="suspects_by must be influence, not 'bm25'"):
+        audit.first(alike, 1, "bm25")
 
 
 def test_the_files_are_the_training_file_in_two(tmp_path):
     rows = Dataset.from_list([{"prompt": f"é{k}", "response": str(k)} for k in range(4)])
     table = audit.ranked(np.array([[0.0, 3.0, 1.0, 2.0]]), {}, list("abcd"))
-    files = audit.write(tmp_path, table, rows, 2)
+    files = audit.write(tmp_path, table, rows, audit.first(table, 2, "influence"))
     worst, rest = (
         [json.loads(line) for line in files[name].read_text().splitlines()]
         for name in ("suspects.jsonl", "filtered.jsonl")
     )
     assert [row["prompt"] for row in worst] == ["é1", "é3"] and worst[0]["influence"]["rank"] == 1
+    assert worst[0]["influence"]["example"] == 1
     assert rest == [rows[0], rows[2]]
     assert pd.read_csv(files["ranked.csv"])["example"].tolist() == [1, 3, 2, 0]
+    assert "filtered.jsonl" not in audit.write(tmp_path / "other", table, rows, [1], trusted=False)
 
 
 def made_up_bank(helps):
@@ -112,7 +122,7 @@ def test_without_a_recipe_nothing_is_trained_again(example, tmp_path):
     paths, rows, asked, _ = example
     chosen = audit.subject(own.load(paths["adapter"], rows, asked), rows, asked, "it")
     with pytest.raises(InputError, match="the adapter's recipe must be known"):
-        audit.retrained(chosen, chosen.tuned.query, np.zeros(len(rows)), 3, 1, tmp_path)
+        audit.retrained(chosen, chosen.tuned.query, [3], 1, tmp_path)
 
 
 def test_the_page_shows_the_scores_and_their_words(taken, tmp_path):

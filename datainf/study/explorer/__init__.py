@@ -39,7 +39,7 @@ def collect(
     damping: Any,
     by_words: Float[np.ndarray, "m n"],
     *,
-    queries: int = 20,
+    queries: int = 40,
     examples: int = 5,
 ) -> dict[str, Any]:
     """What the page shows, in values of JSON.
@@ -94,6 +94,7 @@ def collect(
     return {
         "method": method,
         "n": scores.shape[1],
+        "m": scores.shape[0],
         "found_by_words": FOUND_BY_WORDS,
         "queries": [
             {
@@ -153,11 +154,10 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
     """
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
     head = itables.javascript.generate_init_offline_itables_html(Path(str(bundle)))
-    shown = table.drop(columns="score_for_query").assign(text=table["text"].str.replace("\n", " ")).round(5)
+    shown = table.drop(columns="score_for_query").round(5)
     shown = shown.rename(columns={"change_without": "if left out", "query": "harms most"} | _heads(shown))
-    wide = [{"width": "30rem", "targets": [shown.columns.get_loc("text")]}]
-    options = {"classes": "display compact", "columnDefs": wide, "pageLength": 25, "autoWidth": False}
-    options |= {"showIndex": False, "maxBytes": 0, "connected": False, "display_logo_when_loading": False}
+    options = {"classes": "display compact", "pageLength": 25, "autoWidth": False, "showIndex": False}
+    options |= {"maxBytes": 0, "connected": False, "display_logo_when_loading": False}
     rows = itables.to_html_datatable(shown, **options)
     page = _template("explorer.html").render(
         data=data, title=title, parts=said, head=head, table=rows, how_to_read=HOW_TO_READ, whole=True
@@ -168,7 +168,7 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
 
 def _heads(table: pd.DataFrame) -> dict[str, str]:
     """The baselines' ranks by the baselines' names."""
-    return {name: label(name.removeprefix("rank_")) for name in table if name.startswith("rank_")}
+    return {name: f"rank by {label(name.removeprefix('rank_'))}" for name in table if name.startswith("rank_")}
 
 
 def _template(name: str) -> jinja2.Template:
@@ -185,24 +185,31 @@ HOW_TO_READ = [
     (
         "The size",
         "Nats of the query's loss per unit of the example's weight, where each of the n examples has a weight of 1 and "
-        "the loss is their mean: leaving the example out is predicted to change the query's loss by minus the score "
-        "over n. How well that holds depends on the method and its damping; the order is more reliable than the size.",
+        "the loss is their mean: leaving the example out would change the query's loss by minus the score over n, if "
+        "the fine-tuning were as smooth as the formula supposes. It is not: sizes are not calibrated, and may be many "
+        "times too large. Compare scores with each other, and a change with the mean loss of the queries.",
     ),
     (
         "Why most are near zero",
         "Each example is one of n, and most have little to do with a given query. A few large scores are what to look "
-        "at; the rank of an example in the middle means nothing.",
+        "at; there is no threshold, the rank of an example in the middle means nothing, and how many to suspect is "
+        "your choice: look until the next ones are fine.",
     ),
     (
         "Which method",
-        "Held against retraining, Exact at a damping that fits the length of the fine-tuning predicts best; DataInf "
-        "hardly depends on damping and is the safe choice for a short fine-tuning. For wrong labels look at the "
-        "training loss first: it needs no queries, and often finds more of them.",
+        "Held against retraining, Exact at the damping that follows from the length of the fine-tuning predicts best, "
+        "so the recipe is worth giving. Without it DataInf, which hardly depends on damping, is the safe choice.",
+    ),
+    (
+        "Looking for wrong labels or responses?",
+        "Look at the training loss first: it needs no queries, and has found more of them than influence has. What "
+        "loss, self-influence and influence all put first is nearly always wrong. Influence answers another question, "
+        "which examples act on these answers.",
     ),
     (
         "When to trust the words instead",
-        "Where a comparison of words (BM25) finds the same examples, influence has told you nothing new: the example "
-        "is alike. What influence alone finds is worth a look, and is also where it may be wrong.",
+        "Where a comparison of words (BM25, rank 1 the most alike) finds the same helpful examples, influence has told "
+        "you nothing new. What influence alone finds is worth a look, and is also where it may be wrong.",
     ),
 ]
 """How to read a score: headings and what is said."""
