@@ -201,7 +201,7 @@ HOW_TO_READ = [
         "so the recipe is worth giving. Without it DataInf, which hardly depends on damping, is the safe choice.",
     ),
     (
-        "Looking for wrong labels or responses?",
+        "Wrong labels and responses",
         "Look at the training loss first: it needs no queries, and has found more of them than influence has. What "
         "loss, self-influence and influence all put first is nearly always wrong. Influence answers another question, "
         "which examples act on these answers.",
