@@ -4,6 +4,7 @@ The tokens are those of TRL's SFTTrainer, which most adapters of language models
 tokenizer's chat template; a prompt and a completion that are texts one after the other, with the end-of-text token.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -186,6 +187,14 @@ def _config_of(adapter: str) -> PeftConfig:
     return config
 
 
+def fingerprint(adapter: str) -> str:
+    """A hash of the adapter's weights and configuration, which tells it from another in the same folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(os.path.expanduser(adapter)).glob("adapter_*")):
+        digest.update(path.read_bytes())
+    return f"sha256:{digest.hexdigest()[:12]}"
+
+
 def _tokenizer(adapter: str, base: str) -> PreTrainedTokenizerBase:
     """The one that was saved with the adapter, which may have another template, or the base's."""
     own_one = (Path(adapter) / "tokenizer_config.json").is_file()
@@ -223,8 +232,11 @@ def _classified(
         raise InputError(f"Each {what} needs the column {missing[0]!r}; there are {', '.join(examples.column_names)}.")
     labels = examples[own.LABEL][:]
     number = {str(place): place for place in range(k)} | {name: place for place, name in enumerate(names)}
+    labels = [
+        str(int(label)) if isinstance(label, bool | float) and label == label // 1 else str(label) for label in labels
+    ]
     for index, label in enumerate(labels):
-        if str(label) not in number:
+        if label not in number:
             known = ", ".join(map(str, names or range(k)))
             raise InputError(
                 f"{what.capitalize()} {index} has the label {label!r}, which is none of the model's ({known}): if the "
@@ -237,7 +249,7 @@ def _classified(
         )
 
     encoded = examples.map(tokens, batched=True, remove_columns=examples.column_names, load_from_cache_file=False)
-    return encoded.add_column("labels", [number[str(label)] for label in labels])
+    return encoded.add_column("labels", [number[label] for label in labels])
 
 
 def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, reading: Reading, what: str = "example") -> Dataset:

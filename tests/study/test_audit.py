@@ -18,11 +18,12 @@ from datainf.evaluation.retraining import KEY, Bank
 from datainf.models import own
 from datainf.models.lora import Recipe
 from datainf.study import audit, explorer, ground_truth
+from datainf.study.audit.built_in import example as make_example
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    paths = audit.example(tmp_path_factory.mktemp("audit"))
+    paths = make_example(tmp_path_factory.mktemp("audit"))
     rows, asked = data.load(paths["train"]), data.load(paths["queries"])
     recipe = Recipe(epochs=4, learning_rate=0.01, batch_size=16)
     loaded = own.load(paths["adapter"], rows, asked, reading=own.Reading("space"), recipe=recipe)
@@ -43,7 +44,7 @@ def test_the_example_is_what_it_says(example):
     paths, rows, asked, _ = example
     bad = json.loads(open(paths["known_bad"]).read())
     assert len(rows) == 200 and len(bad) == 10 and len(asked) == 40
-    assert audit.example(str(paths["train"]).rpartition("/")[0]) == paths  # made once
+    assert make_example(str(paths["train"]).rpartition("/")[0]) == paths  # made once
 
 
 def test_an_adapter_read_by_another_template_is_found_out(example):

@@ -4,38 +4,28 @@ Rank the training examples by what they do to some answers, look, leave the susp
 """
 
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 import psutil
-import yaml
 from datasets import Dataset
 from jaxtyping import Float
-from nbconvert import HTMLExporter
-from papermill.exceptions import PapermillExecutionError
 from scipy import stats
 
 from datainf.attribution.estimating import Estimate
-from datainf.data import own, text
+from datainf.data import own
 from datainf.errors import InputError
 from datainf.evaluation import retraining, selection
 from datainf.evaluation.retraining import Bank
-from datainf.models import causal_lm, lora
 from datainf.models import own as own_models
-from datainf.models.lora import Recipe
 from datainf.storage.files import write_whole
 from datainf.storage.memory import in_words
 from datainf.study.ground_truth import Subject
 from datainf.study.plotting import confidence_interval, label
-from datainf.study.provenance import ROOT, rooted
 
 SAMPLE = 64
 """Training examples on which it is seen whether the adapter has learned them."""
@@ -54,35 +44,6 @@ class OwnTask:
 
     name: str
     revision: str
-
-
-def example(folder: str | Path, *, seed: int = 0) -> dict[str, str]:
-    """Something to audit where nothing is given: a small language model's adapter, its training file, of which one
-    response in twenty is another example's, and queries; made once, into a folder.
-
-    Returns:
-        The paths of adapter, train, queries and known_bad, the places of the exchanged ones.
-    """
-    folder = rooted(folder)
-    paths = {"adapter": folder / "model" / lora.ADAPTER, "train": folder / "train.jsonl"}
-    paths |= {"queries": folder / "queries.jsonl", "known_bad": folder / "known_bad.json"}
-    task = text.load("sentence_transformations", n_train=20, n_test=4, seed=seed)
-    rng, n = np.random.default_rng(seed), len(task.train)
-    bad, responses = rng.choice(n, n // 20, replace=False), list(task.train["response"])
-    others = {
-        index: rng.choice(np.flatnonzero(np.array(task.train["class"]) != task.train["class"][index]))
-        for index in bad.tolist()
-    }
-    given = [responses[others.get(index, index)] for index in range(n)]
-    task = replace(task, train=task.train.remove_columns("response").add_column("response", given))
-    recipe = Recipe(
-        rank=4, alpha=32, dropout=0.0, targets=("q_proj", "v_proj"), learning_rate=0.01, epochs=4, batch_size=16
-    )
-    causal_lm.fine_tune("demo-llama", task, recipe, folder=folder / "model")
-    for name, split in (("train", task.train), ("queries", task.test)):
-        split.select_columns(["prompt", "response"]).to_json(paths[name])
-    write_whole(paths["known_bad"], json.dumps(sorted(bad.tolist())))
-    return {name: str(path) for name, path in paths.items()}
 
 
 def subject(adapter: own_models.Adapter, train: Dataset, query: Dataset, name: str) -> Subject:
@@ -161,7 +122,11 @@ def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
             continue
         encoded = adapter.tuned.train.select(range(len(sample)))
         if template != in_use:
-            encoded = own_models.encode(sample, adapter.tuned.tokenizer, replace(adapter.reading, template=template))
+            other = replace(adapter.reading, template=template)
+            try:
+                encoded = own_models.encode(sample, adapter.tuned.tokenizer, other)
+            except InputError:  # by which these examples cannot be written
+                continue
         with_it, without = adapter.losses_of(encoded)
         rows[IN_USE if template == in_use else template] = {"loss": with_it.mean(), "base_loss": without.mean()}
     table = pd.DataFrame(rows).T.rename_axis("template")
@@ -250,6 +215,7 @@ def write(
     if trusted:
         rows["filtered.jsonl"] = [train[index] for index in sorted(set(range(len(train))) - set(suspects))]
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "filtered.jsonl").unlink(missing_ok=True)  # an earlier audit's
     files = {"ranked.csv": folder / "ranked.csv"}
     write_whole(files["ranked.csv"], table.to_csv(index=False, float_format="%.6g"))
     for name, some in rows.items():
@@ -278,7 +244,8 @@ def retrained(chosen: Subject, judged: Dataset, suspects: Sequence[int], seeds: 
         ]
         plan += [replace(one, order=order) for one in each]
     outcome_of = retraining.outcomes(replace(chosen.tuned, query=judged), chosen.loss_fn, chosen.right_fn, batch_size=8)
-    about = {"task": chosen.task.name, "data": chosen.task.revision, "judged_on": len(judged)}
+    about = {"task": chosen.task.name, "data": chosen.task.revision, "judged_on": own.revision_of(judged)}
+    about["recipe"] = asdict(chosen.tuned.training.recipe)
     return retraining.bank(plan, outcome_of, about, folder)
 
 
@@ -326,43 +293,3 @@ def readable(helped: pd.DataFrame) -> pd.DataFrame:
         table["more than of all data by"] = helped.apply(gain, axis=1, name="right_gain")
     table.iloc[0, 1::2] = ""
     return table
-
-
-def main() -> None:
-    """``make audit``: notebook 80 with what the environment names, and the page of it beside what it writes."""
-    names = {name.lower(): os.environ.get(name, "") for name in ("ADAPTER", "TRAIN", "QUERIES")}
-    out = Path(os.environ.get("OUT") or "audit")
-    try:
-        if missing := [name.upper() for name, value in names.items() if not value]:
-            raise InputError(
-                f"Name {' and '.join(missing)}: make audit ADAPTER=folder TRAIN=file QUERIES=file OUT=folder"
-            )
-        more = yaml.safe_load(os.environ.get("AUDIT") or "{}")
-        given = {**names, "report": str(out.absolute()), **more}
-        notebook = ROOT / "notebooks" / "80_your_adapter.ipynb"
-        known = papermill.inspect_notebook(str(notebook))
-        if unknown := given.keys() - known.keys():
-            raise InputError(f"AUDIT names {min(unknown)!r}, which is no parameter of notebook 80.")
-        for name, value in more.items():  # 2e-4 is a text to YAML
-            if known[name]["inferred_type_name"] == "float" and isinstance(value, str):
-                given[name] = float(value)
-        out.mkdir(parents=True, exist_ok=True)
-        made = str(out / "notebook.ipynb")
-        print(f"Auditing {names['adapter']}; the notebook as it runs is {made}.")
-        papermill.execute_notebook(str(notebook), made, given, progress_bar=True, log_output=False)
-    except PapermillExecutionError as error:
-        sys.exit(f"{error.ename}: {error.evalue}" if error.ename == InputError.__name__ else str(error))
-    except InputError as error:
-        sys.exit(str(error))
-    page, _ = HTMLExporter(exclude_input=True).from_filename(made)
-    (out / "notebook.html").write_text(page, encoding="utf8")
-    written = sorted(path.name for path in out.iterdir() if path.suffix in (".csv", ".jsonl"))
-    print(f"Done: {out / 'report.html'} to look at; {out}/ has {', '.join(written)} and the notebook.")
-    for cell in nbformat.read(made, 4).cells:
-        for shown in cell.get("outputs", ()):
-            if (said := shown.get("data", {}).get("text/markdown", "")).startswith("**Warning.**"):
-                print(f"WARNING: {said.removeprefix('**Warning.**').strip()}")
-
-
-if __name__ == "__main__":
-    main()
