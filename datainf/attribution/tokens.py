@@ -124,7 +124,10 @@ class _TokenRecorder(Recorder):
         R, tokens = self.R[name], x.shape[1:-1].numel()
         x, dy = (side.reshape(len(side), tokens, -1).to(R.dtype) for side in (x, dy))
         # Rows are an example's timesteps; of those it has the sum.
-        scores = -(torch.einsum("rti,moi->mrto", x, R) * dy).sum(dim=(1, 3)).cpu()
+        if dy.shape[-1] > x.shape[-1]:  # what stands between is as narrow as it can be
+            scores = -(torch.einsum("rto,moi->mrti", dy, R) * x).sum(dim=(1, 3)).cpu()
+        else:
+            scores = -(torch.einsum("rti,moi->mrto", x, R) * dy).sum(dim=(1, 3)).cpu()
         if inputs.dim() == 2:
             self._rest = self._rest + scores.sum(dim=1)
         else:

@@ -60,7 +60,9 @@ def load(source: str, split: str = "train") -> Dataset:
 def _read(path: Path) -> Dataset:
     if path.suffix not in READERS:
         raise InputError(f"{path}: a file of examples ends in {', '.join(READERS)}.")
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    # A text may well be "None" or "NA".
+    options = {"keep_default_na": False} | ({"sep": "\t"} if path.suffix == ".tsv" else {})
+    options = options if READERS[path.suffix] == "csv" else {}
     cache = {"keep_in_memory": True, "download_mode": "force_redownload"}  # the file may have changed since
     return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **cache, **options)
 
@@ -96,6 +98,7 @@ def conversation(row: Mapping, place: str) -> tuple[list[Message] | str, list[Me
         before, after = [], row["messages"]
     else:
         before, after = row.get("prompt"), next((row[name] for name in RESPONSES if row.get(name) is not None), "")
+    before, after = (str(side) if isinstance(side, int | float) else side for side in (before, after))
     if before is None:
         raise InputError(f"{place}: the prompt is missing.")
     if isinstance(before, str) and isinstance(after, str):
@@ -118,10 +121,10 @@ def _turns(side: str | Sequence[Message], role: str) -> list[Message]:
 
 
 def text_columns(examples: Dataset, asked: Sequence[str], source: str) -> list[str]:
-    """A classifier's one or two columns of text: those asked for, or all there are beside the label.
+    """A classifier's one or two columns of text: those asked for, or the only one there is beside the label.
 
     Raises:
-        InputError: one is missing, or there is none or more than two.
+        InputError: one is missing, or it is not clear which they are.
     """
     if missing := [name for name in asked if name not in examples.column_names]:
         raise InputError(f"{source} has no column {missing[0]!r}; it has {', '.join(examples.column_names)}.")
@@ -131,8 +134,9 @@ def text_columns(examples: Dataset, asked: Sequence[str], source: str) -> list[s
         for name in examples.column_names
         if name != LABEL and getattr(kinds[name], "dtype", "") in ("string", "large_string")
     ]
-    if not 1 <= len(texts) <= 2:
-        raise InputError(f"{source} has {len(texts)} columns of text ({', '.join(texts)}): name one or two of them.")
+    if not 1 <= len(texts) <= (2 if asked else 1):
+        said = f"{source} has {len(texts)} columns of text ({', '.join(texts)})"
+        raise InputError(f"{said}: name the one or two that the model reads, text_columns=.")
     return texts
 
 

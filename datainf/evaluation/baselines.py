@@ -5,6 +5,7 @@ training example is to the query the more helpful it is taken to be (< 0), and t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import bm25s
 import numpy as np
@@ -115,6 +116,7 @@ def suspicions(
     labelled: bool = False,
     folds: int = 0,
     damping: float = 0.1,
+    batch_size: int = 32,
     **where,
 ) -> dict[str, Callable[[], Suspicion]]:
     """What says of the training examples alone how suspicious each is, by name, each to be called.
@@ -124,14 +126,16 @@ def suspicions(
         labelled: whether the model is a classifier whose labels may be wrong, which cleanlab looks at.
         folds: of cleanlab's cross-validation, each of which fine-tunes once; 0 leaves it out.
         damping, where: of `self_influence`.
+        batch_size: of the forward passes.
     """
+    of_train = partial(of_each, tuned.model, tuned.train, collate=tuned.collate, batch_size=batch_size)
     found: dict[str, Callable[[], Suspicion]] = {
-        "training_loss": lambda: of_each(tuned.model, tuned.train, loss_fn, tuned.collate),
+        "training_loss": lambda: of_train(loss_fn),
         "self_influence": lambda: self_influence(train, damping=damping, **where),
     }
     if labelled:
         labels = np.array(tuned.train["labels"])
-        found["cleanlab"] = lambda: cleanlab(labels, of_each(tuned.model, tuned.train, probabilities, tuned.collate))
+        found["cleanlab"] = lambda: cleanlab(labels, of_train(probabilities))
         if folds:
             found["cleanlab_cross_validated"] = lambda: cleanlab(labels, out_of_sample(tuned.training, folds))
     return found

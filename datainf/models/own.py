@@ -7,12 +7,14 @@ tokenizer's chat template; a prompt and a completion that are texts one after th
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, load_peft_weights
 from transformers import (
     AutoConfig,
@@ -67,6 +69,8 @@ class Reading:
             raise InputError(f"loss_on must be assistant or all, not {self.loss_on!r}.")
         if self.max_length < 2:
             raise InputError(f"max_length must be 2 tokens at least, not {self.max_length}.")
+        if not all(isinstance(label, str) for label in self.labels):
+            raise InputError(f"labels must be words, in quotes where YAML reads them otherwise: not {self.labels}.")
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,30 @@ class Adapter:
         loss_fn, right_fn: of an example: its loss, and whether the model answers it rightly, of a language model with
             every token.
         reading: how the examples were read, with the columns of text that a classifier has.
+        encoded: encodes other examples likewise; the second argument is what to call one of them in an error.
+        not_again: what about the adapter keeps it from being trained again here; empty where nothing does.
     """
 
     tuned: FineTuned
     loss_fn: Callable
     right_fn: Callable
     reading: Reading
+    encoded: Callable[[Dataset, str], Dataset] = field(repr=False)
+    not_again: str = ""
 
     @property
     def is_classifier(self) -> bool:
         """Whether it gives labels."""
         return self.loss_fn is losses.classification
+
+    def read_by(self, template: str, train: Dataset, query: Dataset) -> "Adapter":
+        """The same language model with its examples written by another template."""
+        reading = replace(self.reading, template=template)
+        encoded = partial(_encoded, self.tuned.tokenizer, reading)
+        both = [encoded(each, what) for each, what in _both(train, query)]
+        training = self.tuned.training and replace(self.tuned.training, examples=both[0], query=both[1])
+        tuned = replace(self.tuned, train=both[0], query=both[1], training=training)
+        return replace(self, tuned=tuned, reading=reading, encoded=encoded)
 
     def losses_of(self, examples: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Each example's loss by the fine-tuned model, and by its base without the adapter."""
@@ -127,29 +144,28 @@ def load(
     task = own.task_of(train, "The training file")
     if config.task_type and config.task_type != task:
         raise InputError(f"The adapter is of a {_KIND[config.task_type]}, the training file of a {_KIND[task]}.")
-    tokenizer = _tokenizer(adapter, base)
+    tokenizer, context = _tokenizer(adapter, base)
+    reading = replace(reading, max_length=min(reading.max_length, context))
+    seed = recipe.seed if recipe else 0
     if task == "SEQ_CLS":
         columns = tuple(own.text_columns(train, reading.text_columns, "The training file"))
         reading = replace(reading, text_columns=columns)
-        k = _outputs(adapter) or 1 + max(train[own.LABEL])
-        load_base = _Loading(AutoModelForSequenceClassification, base, recipe.seed if recipe else 0, k)
-        names = reading.labels or _names(base, k)
-        encoded = [_classified(each, tokenizer, reading, names, k, what) for each, what in _both(train, query)]
+        k = _outputs(adapter) or len(reading.labels) or len({_label(label) for label in train[own.LABEL]})
+        load_base = _Loading(AutoModelForSequenceClassification, base, seed, tokenizer.pad_token_id, k)
+        encoded = partial(_classified, tokenizer, reading, reading.labels or _names(base, k), k)
         collate, loss_fn, right_fn = DataCollatorWithPadding(tokenizer), losses.classification, losses.right_label
     else:
-        load_base = _Loading(AutoModelForCausalLM, base, recipe.seed if recipe else 0)
-        encoded = [encode(each, tokenizer, reading, what) for each, what in _both(train, query)]
+        load_base = _Loading(AutoModelForCausalLM, base, seed, tokenizer.pad_token_id)
+        encoded = partial(_encoded, tokenizer, reading)
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=losses.IGNORED)
         loss_fn, right_fn = losses.completion, losses.right_response
+    both = [encoded(each, what) for each, what in _both(train, query)]
     model = load_base()
     revision = lora.weights_revision(model)
     model = lora.on_device(lora.load_adapter(model, adapter)).eval()
-    training = None
-    if recipe is not None:
-        recipe = _shaped(recipe, config)
-        training = Training(load_base, *encoded, collate, recipe, task_type=task)
-    tuned = FineTuned(model, tokenizer, *encoded, collate, lora.no_history(), revision, training)
-    return Adapter(tuned, loss_fn, right_fn, reading)
+    training = None if recipe is None else Training(load_base, *both, collate, _shaped(recipe, config), task_type=task)
+    tuned = FineTuned(model, tokenizer, *both, collate, lora.no_history(), revision, training)
+    return Adapter(tuned, loss_fn, right_fn, reading, encoded, _not_again(config, task))
 
 
 _KIND = {"SEQ_CLS": "classifier", "CAUSAL_LM": "language model"}
@@ -166,14 +182,14 @@ class _Loading:
     loader: type
     base: str
     seed: int
+    pad_token_id: int
     num_labels: int = 0
 
     def __call__(self) -> PreTrainedModel:
         set_seed(self.seed)
         more = {"num_labels": self.num_labels} if self.num_labels else {}
         model = lora.from_pretrained(self.loader, self.base, dtype=torch.float32, **more)
-        if model.config.pad_token_id is None:  # by which a classifier on a decoder finds an example's last token
-            model.config.pad_token_id = model.config.get_text_config().eos_token_id
+        model.config.pad_token_id = self.pad_token_id  # by which a classifier on a decoder finds the last token
         return model
 
 
@@ -195,27 +211,31 @@ def fingerprint(adapter: str) -> str:
     return f"sha256:{digest.hexdigest()[:12]}"
 
 
-def _tokenizer(adapter: str, base: str) -> PreTrainedTokenizerBase:
-    """The one that was saved with the adapter, which may have another template, or the base's."""
+def _tokenizer(adapter: str, base: str) -> tuple[PreTrainedTokenizerBase, int]:
+    """The one that was saved with the adapter, which may have another template, or the base's; and how many tokens the
+    model can take."""
     own_one = (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = lora.from_pretrained(AutoTokenizer, adapter if own_one else base)
-    vocabulary = lora.from_pretrained(AutoConfig, base).get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"The tokenizer has {len(tokenizer)} tokens and {base} embeds {vocabulary}: it is another's.")
+    config = lora.from_pretrained(AutoConfig, base).get_text_config()
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"The tokenizer has {len(tokenizer)} tokens and {base} embeds {config.vocab_size}: it is another's."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return tokenizer
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if "roberta" in config.model_type:  # which counts from behind its padding's
+        positions -= config.pad_token_id + 1
+    return tokenizer, min(positions, tokenizer.model_max_length)
 
 
 def _outputs(adapter: str) -> int:
     """How many labels a saved head tells apart; 0 where none was saved."""
-    heads = {
-        name: len(weight)
-        for name, weight in load_peft_weights(adapter, device="cpu").items()
-        if name.endswith(("score.weight", "classifier.weight", "out_proj.weight"))
-    }
-    return next(reversed(heads.values()), 0)
+    ends = (["score", "weight"], ["classifier", "weight"], ["out_proj", "weight"])
+    weights = load_peft_weights(adapter, device="cpu")
+    heads = [len(weight) for name, weight in weights.items() if name.split(".")[-2:] in ends]
+    return heads[-1] if heads else 0
 
 
 def _names(base: str, k: int) -> tuple[str, ...]:
@@ -224,17 +244,20 @@ def _names(base: str, k: int) -> tuple[str, ...]:
     return tuple(named[place] for place in sorted(named)) if len(named) == k else ()
 
 
+def _label(value: object) -> str:
+    """A label as it is looked up; a table with a gap in it has whole numbers as 1.0."""
+    whole = isinstance(value, bool | float) and value == value // 1
+    return str(int(value)) if whole else str(value)
+
+
 def _classified(
-    examples: Dataset, tokenizer: PreTrainedTokenizerBase, reading: Reading, names: Sequence[str], k: int, what: str
+    tokenizer: PreTrainedTokenizerBase, reading: Reading, names: Sequence[str], k: int, examples: Dataset, what: str
 ) -> Dataset:
     """Columns input_ids, attention_mask and labels."""
     if missing := [name for name in (*reading.text_columns, own.LABEL) if name not in examples.column_names]:
         raise InputError(f"Each {what} needs the column {missing[0]!r}; there are {', '.join(examples.column_names)}.")
-    labels = examples[own.LABEL][:]
+    labels = [_label(value) for value in examples[own.LABEL]]
     number = {str(place): place for place in range(k)} | {name: place for place, name in enumerate(names)}
-    labels = [
-        str(int(label)) if isinstance(label, bool | float) and label == label // 1 else str(label) for label in labels
-    ]
     for index, label in enumerate(labels):
         if label not in number:
             known = ", ".join(map(str, names or range(k)))
@@ -242,14 +265,20 @@ def _classified(
                 f"{what.capitalize()} {index} has the label {label!r}, which is none of the model's ({known}): if the "
                 "labels are words, name them in the order of its outputs, labels=."
             )
+    for name in reading.text_columns:
+        if None in (column := examples[name][:]):
+            raise InputError(f"{what.capitalize()} {column.index(None)} has no {name}: write one or leave it out.")
 
     def tokens(rows: dict) -> dict:
-        return dict(
-            tokenizer(*(rows[name] for name in reading.text_columns), truncation=True, max_length=reading.max_length)
-        )
+        texts = ([str(text) for text in rows[name]] for name in reading.text_columns)
+        return dict(tokenizer(*texts, truncation=True, max_length=reading.max_length))
 
     encoded = examples.map(tokens, batched=True, remove_columns=examples.column_names, load_from_cache_file=False)
     return encoded.add_column("labels", [number[label] for label in labels])
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, reading: Reading, examples: Dataset, what: str) -> Dataset:
+    return encode(examples, tokenizer, reading, what)
 
 
 def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, reading: Reading, what: str = "example") -> Dataset:
@@ -271,7 +300,7 @@ def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, reading: Readi
         ids, spans = (
             _plain(before, after, tokenizer, " " if reading.template == "space" else "")
             if isinstance(after, str)
-            else _chat(before, after, tokenizer, place)
+            else _chat(before, after, tokenizer, place, alone=reading.loss_on == "all")
         )
         labels = list(ids) if reading.loss_on == "all" else [losses.IGNORED] * len(ids)
         for start, end in spans:
@@ -292,19 +321,27 @@ def _plain(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, betwe
     return ids, [(common(tokenizer(prompt)["input_ids"], ids), len(ids))]
 
 
-def _chat(before: list, after: list, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list, list]:
-    """The ids by the chat template, and where each of the assistant's turns in `after` stands."""
+def _chat(
+    before: list, after: list, tokenizer: PreTrainedTokenizerBase, place: str, *, alone: bool = False
+) -> tuple[list, list]:
+    """The ids by the chat template, and where each of the assistant's turns in `after` stands, unless the ids `alone`
+    are wanted."""
     if not tokenizer.chat_template:
         raise InputError("The tokenizer has no chat template: give template='plain', or a tokenizer that has one.")
 
     def rendered(turns: list, **options) -> dict:
-        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
+        except TemplateError as error:
+            raise InputError(f"{place}: the chat template does not take it ({error}).") from error
 
     turns, spans = [*before, *after], []
     if not before and "{% generation" in tokenizer.chat_template:  # the template says itself what the assistant says
         whole = rendered(turns, return_assistant_tokens_mask=True)
         return whole["input_ids"], [(at, at + 1) for at, said in enumerate(whole["assistant_masks"]) if said]
     ids = rendered(turns)["input_ids"]
+    if alone:
+        return ids, spans
     if before:
         return ids, [(common(rendered(before, add_generation_prompt=True)["input_ids"], ids), len(ids))]
     for end, turn in enumerate(turns):
@@ -321,18 +358,28 @@ def _chat(before: list, after: list, tokenizer: PreTrainedTokenizerBase, place: 
 
 
 def _shaped(recipe: Recipe, config: PeftConfig) -> Recipe:
-    """The recipe with the shape of the adapter.
+    """The recipe with the shape of the adapter, as far as a recipe has one."""
+    targets = getattr(config, "target_modules", None) or ()
+    targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    shape = {"rank": getattr(config, "r", None) or 1, "alpha": getattr(config, "lora_alpha", None) or 0}
+    return replace(recipe, targets=targets, dropout=getattr(config, "lora_dropout", 0.0), **shape)
 
-    Raises:
-        InputError: an adapter that is no plain LoRA, which retraining would not make.
-    """
-    extras = [
-        name
-        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform")
-        if getattr(config, name, None)
-    ]
-    if not isinstance(config, LoraConfig) or extras or isinstance(config.target_modules, str):
-        what = extras[0] if extras else config.peft_type.value
-        raise InputError(f"Only plain LoRA is trained again, and this adapter has {what}: leave retraining out.")
-    shape = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-    return replace(recipe, targets=tuple(sorted(config.target_modules)), **shape)
+
+def _not_again(config: PeftConfig, task: str) -> str:
+    """What the adapter has that `lora.retrain` would not make."""
+    if not isinstance(config, LoraConfig):
+        return config.peft_type.value
+    heads = {"score", "classifier"} if task == "SEQ_CLS" else set()  # PEFT trains those itself
+    special = {
+        **{name: getattr(config, name, None) for name in _SPECIAL},
+        "modules_to_save": set(config.modules_to_save or ()) - heads,
+        "bias": config.bias != "none",
+        "a pattern for its targets": isinstance(config.target_modules, str),
+    }
+    return next((name for name, value in special.items() if value), "")
+
+
+_SPECIAL = (
+    *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+    *("trainable_token_indices", "target_parameters"),
+)

@@ -252,7 +252,8 @@ def baselines_of(taken: Gradients, *, folds: int = 0) -> dict[str, Callable[[], 
     """
     chosen, tuned = taken.chosen, taken.chosen.tuned
     m, n = len(tuned.query), len(tuned.train)
-    suspicions = baselines.suspicions(tuned, taken.train, chosen.loss_fn, labelled=chosen.labelled, folds=folds)
+    options = {"labelled": chosen.labelled, "folds": folds, "batch_size": taken.batch_size}
+    suspicions = baselines.suspicions(tuned, taken.train, chosen.loss_fn, **options)
     found = {
         "gradient_cosine": lambda: baselines.gradient_cosine(taken.train, taken.query),
         "random": lambda: baselines.random(m, n),

@@ -53,7 +53,9 @@ def test_the_columns_say_what_they_are_for(columns, task):
 
 def test_the_columns_of_text():
     table = Dataset.from_dict({"one": ["x"], "label": ["y"], "two": ["z"], "number": [1]})
-    assert own.text_columns(table, (), "it") == ["one", "two"]
+    assert own.text_columns(table.remove_columns("one"), (), "it") == ["two"]
+    with pytest.raises(InputError, match="it has 2 columns of text .one, two.: name the one or two"):
+        own.text_columns(table, (), "it")  # one of which may be a name
     assert own.text_columns(table, ("two",), "it") == ["two"]
     with pytest.raises(InputError, match="it has no column 'three'; it has one, label, two, number"):
         own.text_columns(table, ("three",), "it")
@@ -80,3 +82,9 @@ def test_what_is_no_file_of_examples(tmp_path):
 def test_a_revision_is_of_every_value(examples):
     other = Dataset.from_list([ROWS[0], {**ROWS[1], "response": "g"}])
     assert own.revision_of(examples) == own.revision_of(Dataset.from_list(ROWS)) != own.revision_of(other)
+
+
+def test_a_text_may_be_none_or_a_number(tmp_path):
+    (tmp_path / "it.csv").write_text("prompt,response\nWho?,None\nWhat?,NA\n")
+    assert [own.conversation(row, "it")[1] for row in own.load(str(tmp_path / "it.csv"))] == ["None", "NA"]
+    assert own.conversation({"prompt": "6 * 7", "response": 42}, "it") == ("6 * 7", "42")

@@ -7,8 +7,14 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from datainf.data import own as data
 from datainf.demo import BASES
@@ -198,5 +204,36 @@ def test_an_adapter_that_cannot_be_used(talks, tmp_path):
     with pytest.raises(InputError, match="adapter_config.json names no base: give it"):
         own.load(str(folder), talks, talks)
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    with pytest.raises(InputError, match="Only plain LoRA is trained again, and this adapter has use_rslora"):
-        own.load(str(folder), talks, talks, recipe=Recipe())
+    loaded = own.load(str(folder), talks, talks, recipe=Recipe())
+    assert (
+        loaded.not_again == "use_rslora" and loaded.tuned.training.recipe.rank == 3
+    )  # its length is known all the same
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    assert own._not_again(PeftConfig.from_pretrained(folder), "CAUSAL_LM") == "modules_to_save"
+
+
+def test_the_number_of_labels_is_that_of_the_head(tmp_path):
+    """DistilBERT has another layer whose name ends like its head's."""
+    config = DistilBertConfig(vocab_size=30, dim=16, n_heads=2, n_layers=1, hidden_dim=16, num_labels=3)
+    heads = ["pre_classifier", "classifier"]
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["v_lin"], modules_to_save=heads)
+    get_peft_model(DistilBertForSequenceClassification(config), lora).save_pretrained(tmp_path)
+    assert own._outputs(str(tmp_path)) == 3
+
+
+def test_nothing_is_longer_than_the_model_can_take(tmp_path):
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["value"], init_lora_weights=False)
+    base = AutoModelForSequenceClassification.from_pretrained(ROBERTA, dtype=torch.float32)
+    get_peft_model(base, lora).save_pretrained(tmp_path)
+    long = Dataset.from_dict({"text": ["warm " * 500, "cold"], "label": [0, 1]})
+    loaded = own.load(str(tmp_path), long, long)
+    assert np.isfinite(loaded.losses_of(loaded.tuned.train)[0]).all()
+
+
+def test_a_template_that_rewrites_what_came_before_is_no_matter_where_all_counts(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    row = encoded(tokenizer, {"messages": TALK}, loss_on="all")
+    assert row["labels"] == row["input_ids"]
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(InputError, match="Example 0: the chat template does not take it .no system"):
+        encoded(tokenizer, {"messages": TALK})

@@ -133,8 +133,10 @@ def test_the_page_shows_the_scores_and_their_words(taken, tmp_path):
     assert len(page["queries"]) == 2
     for number, query in enumerate(page["queries"]):
         order = np.argsort(scores[number])
-        assert [card["example"] for card in query["helpful"]] == order[:3].tolist()
-        assert [card["example"] for card in query["harmful"]] == order[::-1][:3].tolist()
+        helpful = [index for index in order[:3] if scores[number, index] < 0]
+        harmful = [index for index in order[::-1][:3] if scores[number, index] > 0]
+        assert [card["example"] for card in query["helpful"]] == helpful
+        assert [card["example"] for card in query["harmful"]] == harmful
         for card in (*query["helpful"], *query["harmful"]):
             size = abs(scores[number]).max()
             assert card["score"] == pytest.approx(scores[number, card["example"]])
@@ -172,9 +174,12 @@ def test_pieces_are_the_text(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     of_words = BertTokenizerFast(str(tmp_path / "vocab.txt"))
     ids = of_words("The warm melons.", add_special_tokens=False)["input_ids"]
-    assert explorer.pieces(of_words, ids) == [" the", " warm", " mel", "ons", " ."]
+    assert explorer.pieces(of_words, ids, range(5)) == ([" the", " warm", " mel", "ons", " ."], [0, 1, 2, 3, 4])
     for base in ("demo-llama", "demo-roberta"):
         tokenizer = AutoTokenizer.from_pretrained(BASES[base])
         tokenizer.add_tokens(["##"])  # as some vocabularies of byte pairs have
-        ids = tokenizer("The warm cooks cover melons.", add_special_tokens=False)["input_ids"]
-        assert "".join(explorer.pieces(tokenizer, ids)).strip() == tokenizer.decode(ids).strip()
+        for words in ("The warm cooks cover melons.", "Ein Übel, 你好"):
+            ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+            texts, values = explorer.pieces(tokenizer, ids, [1.0] * len(ids))
+            assert "".join(texts).strip() == tokenizer.decode(ids).strip()
+            assert len(values) == len(texts) and sum(values) == len(ids)

@@ -31,6 +31,9 @@ SAMPLE = 64
 """Training examples on which it is seen whether the adapter has learned them."""
 
 
+MUCH_LOWER = 0.8
+"""Of two templates the one whose loss, over the base's, is below this part of the other's is the one trained on."""
+
 IN_USE = "in use"
 """Of the templates that could write the examples the one that does."""
 
@@ -82,7 +85,7 @@ def summary(
         "queries": f"{len(tuned.query)}, of mean loss {query_loss:.3f} nats",
         "read": "as columns of text" if chosen.labelled else f"by the template {adapter.reading.template}",
         "ranked by": label(method),
-        "suspects": f"the first {suspects} by {label(by)}: suspects.jsonl; the rest is filtered.jsonl",
+        "suspects": f"the first {suspects} by {label(by)}, in suspects.jsonl",
         "numbers": "examples and queries are counted from 0, in the order of their files",
     }
     rows = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in facts.items())
@@ -100,8 +103,8 @@ def best_read(
     """
     loaded = own_models.load(adapter, train, query, reading=reading, **options)
     found = learned(loaded, train)
-    if reading.template == "auto" and (best := found["loss"].idxmin()) != IN_USE:
-        loaded = own_models.load(adapter, train, query, reading=replace(reading, template=best), **options)
+    if reading.template == "auto" and (best := found["over_base"].idxmin()) != IN_USE:
+        loaded = loaded.read_by(best, train, query)
         found = learned(loaded, train)
     return loaded, found
 
@@ -135,13 +138,19 @@ def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
 
 def warning_of(found: pd.DataFrame) -> str:
     """What is amiss by `learned`, and what to do; empty where nothing is."""
-    ours, best = found.iloc[0], found["loss"].idxmin()
-    if ours["over_base"] < own_models.TUNED_IS_BELOW and best == IN_USE:
+    ours, best = found.iloc[0], found["over_base"].idxmin()
+    rival = found.loc[best]
+    better = best != IN_USE and rival["over_base"] < MUCH_LOWER * ours["over_base"]
+    if ours["over_base"] < own_models.TUNED_IS_BELOW and not better:
         return ""
     said = f"With the adapter the mean training loss is {ours['loss']:.2f} nats, without it {ours['base_loss']:.2f}"
-    if best != IN_USE:
-        said += f"; with the template {best} it is {found['loss'].min():.2f}. The adapter was trained on that text"
-        return f"{said}: run again with AUDIT='{{template: {best}}}', and do not use these scores."
+    if better:
+        said += (
+            f"; with the template {best} it is {rival['loss']:.2f}, and {rival['base_loss']:.2f} without. The adapter "
+        )
+        return (
+            f"{said}was trained on that text: run again with AUDIT='{{template: {best}}}', and do not use these scores."
+        )
     return (
         f"{said}: these are hardly the examples, or not the text, that the adapter was trained on. Do not use these "
         "scores before that is clear."

@@ -35,6 +35,8 @@ def main() -> None:
                 with suppress(ValueError):  # which the notebook says better
                     given[name] = float(value)  # 2e-4 is a text to YAML
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("ranked.csv", "suspects.jsonl", "filtered.jsonl", "report.html", "notebook.html"):
+            (out / name).unlink(missing_ok=True)  # an earlier audit's
         made = str(out / "notebook.ipynb")
         print(f"Auditing {names['adapter']}; the notebook as it runs is {made}.")
         papermill.execute_notebook(str(notebook), made, given, progress_bar=True, log_output=False)
@@ -44,8 +46,7 @@ def main() -> None:
         sys.exit(str(error))
     page, _ = HTMLExporter(exclude_input=True).from_filename(made)
     (out / "notebook.html").write_text(page, encoding="utf8")
-    written = sorted(path.name for path in out.iterdir() if path.suffix in (".csv", ".jsonl"))
-    print(f"Done: {out / 'report.html'} to look at; {out}/ has {', '.join(written)} and the notebook.")
+    print(f"Done: {out}/ has {', '.join(sorted(path.name for path in out.iterdir()))}. Look at report.html first.")
     for cell in nbformat.read(made, 4).cells:
         for shown in cell.get("outputs", ()):
             if (said := shown.get("data", {}).get("text/markdown", "")).startswith("**Warning.**"):

@@ -19,6 +19,7 @@ from IPython.display import HTML
 from jaxtyping import Float
 from scipy import stats
 from tokenizers.models import WordPiece
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import datainf
@@ -55,7 +56,13 @@ def collect(
     R = datainf.ihvp(taken.train, _with_shapes(some_queries, taken.query), method, damping, **_factors(taken, method))
     order = np.argsort(scores[:shown], axis=1, kind="stable")
     k = min(examples, scores.shape[1] // 2)
-    picked = [{"helpful": row[:k].tolist(), "harmful": row[::-1][:k].tolist()} for row in order]
+    picked = [
+        {
+            "helpful": [index for index in row[:k].tolist() if scores[query, index] < 0],
+            "harmful": [index for index in row[::-1][:k].tolist() if scores[query, index] > 0],
+        }
+        for query, row in enumerate(order)
+    ]
     needed = sorted({index for each in picked for side in each.values() for index in side})
     words_of = dict(
         zip(
@@ -72,23 +79,23 @@ def collect(
     )
     of_parts = parts(taken.train)
     blocks = [name for name in of_parts if name in ("head", "low", "middle", "top")]
-    rank_by_words = stats.rankdata(by_words[:shown], axis=1, method="ordinal")
+    rank_by_words = stats.rankdata(by_words[:shown], axis=1, method="max")  # of those that are not alike the last
+    shares = _shares(taken, R, needed, {part: of_parts[part] for part in blocks})
     rank = scores.shape[1] - stats.rankdata(scores[:shown], axis=1, method="ordinal") + 1
 
     def card(query: int, index: int) -> dict[str, Any]:
         (of_tokens,) = words_of[index].by_length.values() or (np.zeros((shown, 0)),)
-        ids = chosen.tuned.train[index]["input_ids"]
-        shares = {
-            part: -sum(float(R[name][query] @ taken.train[name][index]) for name in of_parts[part]) for part in blocks
-        }
+        words, values = pieces(
+            chosen.tuned.tokenizer, chosen.tuned.train[index]["input_ids"], of_tokens[query].tolist()
+        )
         return {
             "example": index,
             "score": float(scores[query, index]),
             "rank": int(rank[query, index]),
             "rank_by_words": int(rank_by_words[query, index]),
-            "words": pieces(chosen.tuned.tokenizer, ids),
-            "values": [round(float(value), 7) for value in of_tokens[query][: len(ids)]],
-            "shares": shares,
+            "words": words,
+            "values": [float(f"{value:.4g}") for value in values],
+            "shares": {part: float(of_part[query, needed.index(index)]) for part, of_part in shares.items()},
         }
 
     return {
@@ -114,24 +121,48 @@ def _factors(taken: Gradients, method: str) -> dict[str, Any]:
     return {"factors": taken.factors} if method == "ekfac" else {}
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of every token, which read one after another are the example's text."""
+def _shares(
+    taken: Gradients, R: Mapping[str, Tensor], examples: Sequence[int], of_parts: Mapping[str, Sequence[str]]
+) -> dict[str, Float[Tensor, "m examples"]]:
+    """What of the scores of some examples comes through each part; every layer is read once."""
+    return {
+        part: -sum(R[name].cpu().float() @ taken.train[name][examples].cpu().float().T for name in names)
+        for part, names in of_parts.items()
+    }
+
+
+def pieces(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], values: Sequence[float]
+) -> tuple[list[str], list[float]]:
+    """The text of every token, or of the few that make up a letter together, and the sum of their values: read one
+    after another they are the example's text."""
     names = tokenizer.convert_ids_to_tokens(list(ids))
-    found = [tokenizer.decode([one]) for one in ids]
     if isinstance(tokenizer.backend_tokenizer.model, WordPiece):  # which writes no spaces
-        return [name[2:] if name.startswith("##") else f" {text}" for name, text in zip(names, found, strict=True)]
+        return [name[2:] if name.startswith("##") else f" {name}" for name in names], list(values)
     if any(name.startswith("▁") for name in names):  # SentencePiece's decoding drops a leading one
-        return [name.replace("▁", " ") for name in names]
-    return found
+        return [name.replace("▁", " ") for name in names], list(values)
+    texts, sums, open_ids = [], [], []
+    for one, value in zip(ids, values, strict=False):
+        if open_ids:
+            sums[-1] += value
+        else:
+            texts.append("")
+            sums.append(value)
+        open_ids.append(one)
+        texts[-1] = tokenizer.decode(open_ids)
+        if not texts[-1].endswith("\ufffd"):  # bytes that make no letter yet
+            open_ids = []
+    return texts, sums
 
 
 def as_seen(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Sequence[int]]) -> str:
     """One encoded example in HTML, as the model sees it, with what the loss is of marked."""
     ids, labels = example["input_ids"], example["labels"]
     kept = labels if isinstance(labels, list) else [IGNORED] * len(ids)  # of a classifier one label, which is no token
+    texts, counted = pieces(tokenizer, ids, [float(label != IGNORED) for label in kept])
     marked = [
-        escape(piece) if label == IGNORED else f'<mark style="background:#fde3b0">{escape(piece)}</mark>'
-        for piece, label in zip(pieces(tokenizer, ids), kept, strict=True)
+        f'<mark style="background:#fde3b0">{escape(piece)}</mark>' if count else escape(piece)
+        for piece, count in zip(texts, counted, strict=True)
     ]
     after = "" if isinstance(labels, list) else f"<p>label: <b>{labels}</b></p>"
     return (
@@ -154,7 +185,9 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
     """
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
     head = itables.javascript.generate_init_offline_itables_html(Path(str(bundle)))
-    shown = table.drop(columns="score_for_query").round(5)
+    shown = table.drop(columns="score_for_query")
+    numbers = ["score", "change_without"]
+    shown[numbers] = shown[numbers].map(lambda value: float(f"{value:.4g}"))
     shown = shown.rename(columns={"change_without": "if left out", "query": "harms most"} | _heads(shown))
     options = {"classes": "display compact", "pageLength": 25, "autoWidth": False, "showIndex": False}
     options |= {"maxBytes": 0, "connected": False, "display_logo_when_loading": False}

@@ -29,12 +29,13 @@ def by_share(table: pd.DataFrame, title: str, *, of: Sequence[str] = ("accuracy"
     designs = list(dict.fromkeys(table["design"]))
     panels = [(measure, design) for measure in of for design in designs]
     figure, axes = grid_of(panels, width=5.6, height=3.9, columns=len(designs), sharex=True)
-    methods = [method for method in METHOD_STYLE if method in set(table["method"])]
+    known = set(table["method"])
+    methods = [method for method in METHOD_STYLE if method in known] + sorted(known - METHOD_STYLE.keys())
     for axis, (measure, design) in zip(axes, panels, strict=True):
         some, (ylabel, unit) = table[table["design"] == design], GAINS[measure]
         for place, method in enumerate(methods):
             rows = some[some["method"] == method].sort_values("share")
-            name, colour, marker = METHOD_STYLE[method]
+            name, colour, marker = METHOD_STYLE.get(method, (method, "#888888", "P"))
             gain, low, high = (unit * rows[f"{measure}_{end}"] for end in ("gain", "low", "high"))
             aside = 0.35 * (place - len(methods) / 2)  # bars beside each other
             look = {"color": colour, "marker": marker, "label": name, "linewidth": 1.4, "elinewidth": 0.8}
