@@ -20,7 +20,7 @@ from datainf.study.plotting.identification import (
 )
 from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
 from datainf.study.plotting.retraining import by_task, calibration, ensembles, leaderboard
-from datainf.study.plotting.selection import SELECTIONS, by_share, group_changes
+from datainf.study.plotting.selection import SELECTIONS, against_loss, by_share, group_changes
 from datainf.study.plotting.style import BASELINES, METHOD_STYLE, STAGES, confidence_interval, label, use_style
 from datainf.study.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
 
@@ -37,6 +37,7 @@ __all__ = [
     "SELECTIONS",
     "STAGES",
     "against_exact",
+    "against_loss",
     "along_weights",
     "by_damping",
     "by_loss",

@@ -1,6 +1,6 @@
 """Figures of notebook 75: what a model is worth that was fine-tuned on what a score has chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,26 @@ def by_share(table: pd.DataFrame, title: str, *, of: Sequence[str] = ("accuracy"
     axes[0].invert_xaxis()
     legend_beside(figure, axes)
     figure.suptitle(title, fontsize=12)
+    return figure
+
+
+@shown_once
+def against_loss(harm: np.ndarray, losses: np.ndarray, marked: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Each training example's loss and what it does to the mean query, with some examples marked.
+
+    Args:
+        harm: scores for the mean query, > 0 harmful; losses: nats; of n examples each.
+        marked: name -> which examples, drawn over one another in this order.
+    """
+    figure, (axis,) = grid_of([""], width=6.8, height=4.4, columns=1)
+    axis.scatter(losses, harm, s=14, color="0.6", label=f"training examples, n = {len(harm)}")
+    for (name, chosen), colour, size in zip(marked.items(), ("#D55E00", "#0072B2"), (70, 160), strict=False):
+        look = {"facecolors": "none", "edgecolors": colour, "linewidths": 1.6}
+        axis.scatter(losses[chosen], harm[chosen], s=size, label=name, **look)
+    axis.axhline(0, color="0.2", linewidth=1)
+    axis.set(title=title, xlabel="loss of the training example, nats", ylabel="score for the mean query (> 0 harmful)")
+    axis.set_yscale("symlog", linthresh=max(np.quantile(np.abs(harm), 0.5), 1e-12))
+    axis.legend(frameon=False, fontsize=9)
     return figure
 
 
