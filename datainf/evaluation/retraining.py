@@ -164,15 +164,11 @@ class Bank:
         Raises:
             InputError: names what differs.
         """
-        if differing := self._differing(about):
+        if differing := self.differing(about):
             name, ours, theirs = differing[0]
             raise InputError(f"The bank is of another {name}: {ours!r}, not {theirs!r}. Make one of its own.")
 
-    def is_of(self, about: Mapping[str, object]) -> bool:
-        """Whether it is of this model, data and recipe."""
-        return not self._differing(about)
-
-    def _differing(self, about: Mapping[str, object]) -> list[tuple[str, object, object]]:
+    def differing(self, about: Mapping[str, object]) -> list[tuple[str, object, object]]:
         """What is another here than there, as (name, here, there)."""
         here, there = (json.loads(json.dumps(dict(each))) for each in (self.about, about))
         return [(name, here.get(name), there.get(name)) for name in here | there if here.get(name) != there.get(name)]

@@ -67,7 +67,8 @@ class Subject:
             "model": Path(str(run["model"])).name,
             "base": self.tuned.revision,
             "recipe": {name: value for name, value in asdict(recipe).items() if value != getattr(Recipe, name)},
-            "draw": {name: run[name] for name in ("seed", "n_train", "n_query", "noise", "size")},
+            "draw": {name: run[name] for name in ("seed", "n_train", "n_query", "noise")}
+            | {"size": run["size"] if run["family"] == "images" else 0},
         }
 
 
@@ -284,39 +285,46 @@ def bank(
     retrainings: list[Retraining],
     folder: str | Path,
     *,
-    known: str = "",
+    known: Bank | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Bank:
-    """`retraining.bank` of a subject; `known` is a bank that has some of the retrainings, or a folder of banks, of
-    which the one of this subject is taken."""
+    """`retraining.bank` of a subject."""
     outcome_of = retraining.outcomes(chosen.tuned, chosen.loss_fn, chosen.right_fn, batch_size=run["batch_size"])
-    made, about = provenance(), chosen.about(run)
+    made = provenance()
     return retraining.bank(
         retrainings,
         outcome_of,
-        about,
+        chosen.about(run),
         Path(folder) / "retrainings",
-        known=_bank_of(rooted(known), about) if known else None,
+        known=known,
         part=part,
         facts={name: made[name] for name in FACTS},
     )
 
 
-def _bank_of(path: Path, about: Mapping[str, object]) -> Bank:
-    """The bank in a file, or that of a folder which is about this.
+def known_bank(path: str, about: Mapping[str, object]) -> Bank | None:
+    """The bank in a file, or that of a folder which is about this; None for no path.
 
     Raises:
-        InputError: the folder has none.
+        InputError: it is about something else, or the folder has none that is about this; says what differs.
     """
-    if not path.is_dir():
-        return Bank.load(path)
-    for file in sorted(path.glob("*.parquet")):
-        found = Bank.load(file)
-        if found.is_of(about):
-            return found
-    raise InputError(
-        f"No bank in {path} is of this task, model and recipe: leave bank empty, and the models are trained again."
-    )
+    if not path:
+        return None
+    if not rooted(path).is_dir():
+        found = Bank.load(rooted(path))
+        found.check(about)
+        return found
+    banks = {file.name: Bank.load(file) for file in sorted(rooted(path).glob("*.parquet"))}
+    if not banks:
+        raise InputError(f"There is no bank in the folder {path}: leave bank empty, and the models are trained again.")
+    nearest = min(banks, key=lambda name: len(banks[name].differing(about)))
+    if banks[nearest].differing(about):
+        name, theirs, ours = banks[nearest].differing(about)[0]
+        raise InputError(
+            f"No bank in {path} is of this: the nearest, {nearest}, is of another {name}, {theirs!r}, not {ours!r}. "
+            "Leave bank empty, and the models are trained again."
+        )
+    return banks[nearest]
 
 
 def _is_file(path: Path) -> bool:
@@ -347,7 +355,7 @@ def main() -> None:
             chosen,
             plan(run, len(chosen.tuned.train)),
             folder,
-            known=options.known,
+            known=known_bank(options.known, chosen.about(run)),
             part=(options.part, options.of),
         )
         if options.output:

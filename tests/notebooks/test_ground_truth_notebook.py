@@ -74,7 +74,7 @@ def test_a_task_of_each_family(family, tmp_path):
         banks = {"bank": str(tmp_path / "banks")}
         execute(NAME, tmp_path, **(again | banks | {"cache": str(tmp_path / "third")}))
         assert not list((tmp_path / "third").glob("*/retrainings/*"))
-        assert_refused("InputError: No bank in", NAME, tmp_path, **(again | banks | {"epochs": 2}))
+        assert_refused("is of another recipe", NAME, tmp_path, **(again | banks | {"epochs": 2}))
 
 
 @pytest.mark.parametrize(
