@@ -136,16 +136,13 @@ def influence(
             raise InputError("joint has one damping for all layers: give a number.")
         train, query, curvature = _as_one_layer(train, query, curvature)
         method = exact
-    layers = _Layers(train, query, method, damping, device, memory, options, curvature, factors)
+    layers = _Layers(train, query, method, damping, device, memory, options, curvature, factors, products=True)
     (total,) = layers.zeros((layers.m, layers.n))
     processes.begin("influence")
-    for _, G, parts in layers:
-        for rows, R in parts:
-            if aggregate == "ranks":
-                total[rows] += _ranks(-(R @ G.T))
-            else:
-                total[rows] -= R @ G.T
-        del R  # before the next layer's
+    for _, _, parts in layers:
+        for rows, products in parts:
+            total[rows] += _ranks(-products) if aggregate == "ranks" else -products
+        del products  # before the next layer's
     return processes.add_up(total)
 
 
@@ -271,18 +268,34 @@ def _cosine(train: Mapping[str, Tensor], query: Mapping[str, Tensor], **where) -
 class _Layers:
     """What `influence`, `ihvp` and `self_influence` share: their arguments, checked, and the layers one at a time.
 
-    Iterating yields (layer name, G, parts), where parts yields (slice of query numbers, R of those queries): all
-    queries at once where `memory` allows it. Whether it allows anything is seen before the first layer is begun.
+    Iterating yields (layer name, G, parts), where parts yields (slice of query numbers, R of those queries), or R G^T
+    where `products` is asked for: all queries at once where `memory` allows it. Whether it allows anything is seen
+    before the first layer is begun.
     """
 
-    def __init__(self, train, query, method, damping, device, memory, options, curvature, factors, in_blocks=False):
+    def __init__(
+        self,
+        train,
+        query,
+        method,
+        damping,
+        device,
+        memory,
+        options,
+        curvature,
+        factors,
+        *,
+        in_blocks=False,
+        products=False,
+    ):
         self.method = resolve_method(method, options)
         check_device(device)
         check_pair(train, query)
         check_damping(damping, train)
         if curvature is not None:
             check_pair(train, curvature, "curvature")
-        self.train, self.query, self.damping, self.in_blocks = train, query, damping, in_blocks
+        self.train, self.query, self.damping = train, query, damping
+        self.in_blocks, self.products = in_blocks, products
         self.curvature = train if curvature is None else curvature
         self.told = told(self.curvature, self.method, factors)
         self.memory = None if memory is None else bytes_of(memory)
@@ -315,24 +328,28 @@ class _Layers:
                 H_rows = layer_rows(self.curvature, name, self.device, dtype=G.dtype, **options)
             elif not is_built_in(self.method):  # which is given all of it, and nobody another copy
                 H_rows = G = Rows.of(G.tensor())
-            yield name, G, self._parts(name, H_rows, blocks[name].queries)
+            yield name, G, self._parts(name, G, H_rows, blocks[name].queries)
             if name == self.mine[0]:
                 share = self.widths[name] / sum(self.widths[mine] for mine in self.mine)
                 progress.say_if_long(f"{what}, {self.n} x {self.m} examples", share, time.monotonic() - began)
 
-    def _parts(self, name: str, H_rows: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
+    def _parts(self, name: str, G: Rows, H_rows: Rows, queries: int) -> Iterator[tuple[slice, Tensor]]:
         rows_of_V = layer_rows(self.query, name, self.device, dtype=H_rows.dtype)
         side = "training" if self.curvature is self.train else "curvature"
         own = self.damping[name] if isinstance(self.damping, Mapping) else self.damping
-        solve = solver_of(self.method, name, H_rows, own, self.told[name], side)
+        solve = result = solver_of(self.method, name, H_rows, own, self.told[name], side)
+        if self.products:
+            # Some know R G^T without R, of the rows that their H is made of.
+            direct = getattr(solve, "products", None) if H_rows is G else None
+            result = direct or (lambda V: solve(V) @ G.T)
         for rows in slices(self.m, queries):
             V = rows_of_V.tensor(rows)
             check_finite("query", name, square_norms(V), rows.start)
-            R = solve(V)
-            if not torch.linalg.vector_norm(R, ord=torch.inf).isfinite():
+            found = result(V)
+            if not torch.linalg.vector_norm(found, ord=torch.inf).isfinite():
                 what = f"{name_of(self.method)} diverged in layer {name!r}"
                 warnings.warn(f"{what}; scores that it enters are not numbers.", stacklevel=3)
-            yield rows, R
+            yield rows, found
 
     def _blocks(self, name: str) -> Blocks:
         d, G = self.widths[name], layer_rows(self.train, name, self.device)

@@ -7,6 +7,7 @@ Those that take the layer's matrix apart are in `attribution.kronecker`.
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 
@@ -67,13 +68,24 @@ def exact_solver(G: Matrix, lam: float) -> Callable[[Float[Tensor, "m d"]], Floa
     if d <= n:
         U = _factor(gram(G64.T).div_(n), lam)
         return lambda V: _solve(U, double(V).T).T.to(V.dtype).to(V.device)
-    U = _factor(gram(G64), n * lam)
+    return ExactDual(G64, _factor(gram(G64), n * lam), lam)
 
-    def dual(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+
+@dataclass(frozen=True)
+class ExactDual:
+    """The dual form, V -> R: G in float64, and the Cholesky factor U of n lam I + K, K = G G^T."""
+
+    G: Matrix
+    U: Float[Tensor, "n n"]
+    lam: float
+
+    def __call__(self, V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         V64 = double(V)
-        return ((V64 - _solve(U, G64 @ V64.T).T @ G64) / lam).to(V.dtype).to(V.device)
+        return ((V64 - _solve(self.U, self.G @ V64.T).T @ self.G) / self.lam).to(V.dtype).to(V.device)
 
-    return dual
+    def products(self, V: Float[Tensor, "m d"]) -> Float[Tensor, "m n"]:
+        """R G^T without R, which is half the work: n V G^T (n lam I + K)^-1 (push-through identity)."""
+        return (len(self.G) * _solve(self.U, self.G @ double(V).T).T).to(V.dtype).to(V.device)
 
 
 def lissa(G: Matrix, V: Float[Tensor, "m d"], lam: float, iterations: int = 10) -> Float[Tensor, "m d"]:
