@@ -186,12 +186,11 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
     head = itables.javascript.generate_init_offline_itables_html(Path(str(bundle)))
     shown = table.drop(columns="score_for_query")
-    numbers = ["score", "change_without"]
-    shown[numbers] = shown[numbers].map(lambda value: float(f"{value:.4g}"))
     shown = shown.rename(columns={"change_without": "if left out", "query": "harms most"} | _heads(shown))
     options = {"classes": "display compact", "pageLength": 25, "autoWidth": False, "showIndex": False}
     options |= {"maxBytes": 0, "connected": False, "display_logo_when_loading": False}
-    rows = itables.to_html_datatable(shown, **options)
+    with pd.option_context("display.float_format", "{:.3g}".format):
+        rows = itables.to_html_datatable(shown, **options)
     page = _template("explorer.html").render(
         data=data, title=title, parts=said, head=head, table=rows, how_to_read=HOW_TO_READ, whole=True
     )
