@@ -106,6 +106,16 @@ class GradientStore(Mapping[str, Tensor]):
         """The mean gradient of every layer, as a store of one example: the gradient of the mean loss."""
         return GradientStore({name: self._mean_of(self.rows(name)) for name in self}, shapes=self.shapes)
 
+    def mean_of_parts(self, parts: int) -> "GradientStore":
+        """The mean over so many parts that stand side by side, as `concatenate` puts an example's rows, in memory: the
+        gradients of the rows' mean loss."""
+        layers = {
+            name: torch.cat([block.unflatten(1, (parts, -1)).mean(dim=1) for _, block in self.rows(name).blocks()])
+            for name in self
+        }
+        shapes = {name: (out // parts, width) for name, (out, width) in self.shapes.items()}
+        return GradientStore(layers, self.skipped, shapes)
+
     def _mean_of(self, G: Rows) -> Tensor:
         """Of a layer's rows, shape (1, d_l)."""
         total = sum(block.to(double_on(G.device)).sum(dim=0, dtype=torch.float64) for _, block in G.blocks())

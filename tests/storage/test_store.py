@@ -72,6 +72,15 @@ def test_mean(tmp_path):
     assert store.mean().n == 1
 
 
+def test_mean_of_parts(tmp_path):
+    layers = {"a": torch.randn(5, 3, 2, 4)}  # of each example three matrices of shape (2, 4)
+    wide = {"a": layers["a"].flatten(1)}
+    for store in (one := GradientStore(wide, skipped=[2], shapes={"a": (6, 4)}), one.save(tmp_path, shard_bytes=1)):
+        found = store.mean_of_parts(3)
+        torch.testing.assert_close(found["a"], layers["a"].mean(dim=1).flatten(1))
+        assert found.shapes == {"a": (2, 4)} and found.skipped == (2,)
+
+
 def test_no_layer_is_read_whole_where_blocks_will_do(tmp_path, monkeypatch):
     store = example_store().save(tmp_path / "store")
     monkeypatch.setattr(GradientStore, "__getitem__", lambda self, name: pytest.fail(f"read {name}"))
