@@ -36,9 +36,9 @@ def pair(n=9, m=4, dtype=torch.float64):
 
 
 class Streamed(Layers):
-    """Gradients that are read, as those on disk are: a block is held in memory of its own."""
+    """Gradients that are read, as those on disk are: a block of a few rows is held in memory of its own."""
 
     def rows(self, name):
         G = self[name]
         fill = lambda out, rows, columns: out.copy_(G[rows, columns])  # noqa: E731
-        return Rows(fill, G.shape, device="cpu", dtype=G.dtype)
+        return Rows(fill, G.shape, device="cpu", dtype=G.dtype, block_bytes=4 * G.shape[1] * G.dtype.itemsize)

@@ -9,7 +9,7 @@ from torch import Tensor
 from datainf.attribution.kronecker import Factors
 from datainf.attribution.methods import Method, name_of, takes
 from datainf.errors import InputError
-from datainf.storage.rows import Rows
+from datainf.storage.rows import Rows, Scratch
 
 
 def layer_rows(
@@ -34,8 +34,8 @@ class OneLayer(Mapping[str, Tensor]):
         self._rows = Rows.beside([layer_rows(gradients, name) for name in gradients])
 
     def rows(self, name: str) -> Rows:
-        """The lazy (n, D) matrix."""
-        return self._rows
+        """The lazy (n, D) matrix, with a scratch of its own: a block of one stays while another's are read."""
+        return self._rows.to(scratch=Scratch())
 
     def __getitem__(self, name: str) -> Tensor:
         if name != self.NAME:

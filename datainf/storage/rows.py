@@ -110,7 +110,8 @@ class Rows:
                     part.fill(place, rows, slice(here.start - left, here.stop - left))
 
         squares = sum(part.square_norms for part in parts)
-        return cls(fill, (len(first), edges[-1]), device=first.device, dtype=first.dtype, square_norms=squares)
+        like = {"device": first.device, "dtype": first.dtype, "block_bytes": first.block_bytes}
+        return cls(fill, (len(first), edges[-1]), square_norms=squares, **like)
 
     def __len__(self) -> int:
         return self.shape[0]
