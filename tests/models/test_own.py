@@ -22,6 +22,7 @@ from datainf.errors import InputError
 from datainf.models import own
 from datainf.models.lora import Recipe, retrain
 from datainf.models.losses import IGNORED
+from datainf.models.reading import Reading, encode
 
 LLAMA, ROBERTA = BASES["demo-llama"], BASES["demo-roberta"]
 TEMPLATE = (
@@ -53,7 +54,7 @@ def said(tokenizer, row):
 
 
 def encoded(tokenizer, row, **reading):
-    return own.encode(Dataset.from_list([row]), tokenizer, own.Reading(**reading))[0]
+    return encode(Dataset.from_list([row]), tokenizer, Reading(**reading))[0]
 
 
 def test_of_messages_the_loss_is_of_what_the_assistant_says(tokenizer):
@@ -169,7 +170,7 @@ def test_a_classifier_of_three_labels(words, tmp_path):
     rows = pd.DataFrame({"text": ["a, b", "c", "d", "e"], "label": [names[k] for k in labels] if words else labels})
     rows.to_csv(tmp_path / "train.csv", index=False)
     examples = data.load(str(tmp_path / "train.csv"))
-    reading = own.Reading(labels=tuple(names) if words else ())
+    reading = Reading(labels=tuple(names) if words else ())
     loaded = own.load(str(tmp_path / "adapter"), examples, examples, reading=reading)
     assert loaded.is_classifier and loaded.tuned.train["labels"][:] == labels
     if not words:  # as a table with a gap in it has them

@@ -17,6 +17,7 @@ from datainf.evaluation import retraining, selection
 from datainf.evaluation.retraining import KEY, Bank
 from datainf.models import own
 from datainf.models.lora import Recipe
+from datainf.models.reading import Reading
 from datainf.study import audit, explorer, ground_truth
 from datainf.study.audit.built_in import example as make_example
 
@@ -26,7 +27,7 @@ def example(tmp_path_factory):
     paths = make_example(tmp_path_factory.mktemp("audit"))
     rows, asked = data.load(paths["train"]), data.load(paths["queries"])
     recipe = Recipe(epochs=4, learning_rate=0.01, batch_size=16)
-    loaded = own.load(paths["adapter"], rows, asked, reading=own.Reading("space"), recipe=recipe)
+    loaded = own.load(paths["adapter"], rows, asked, reading=Reading("space"), recipe=recipe)
     return paths, rows, asked, loaded
 
 
@@ -52,9 +53,9 @@ def test_an_adapter_read_by_another_template_is_found_out(example):
     right = audit.learned(loaded, rows)
     assert right.index.tolist() == ["in use", "plain"] and audit.warning_of(right) == ""
     for given in ("auto", "space"):  # which takes what fits
-        found = audit.best_read(paths["adapter"], rows, asked, own.Reading(given))
+        found = audit.best_read(paths["adapter"], rows, asked, Reading(given))
         assert found[0].reading.template == "space" and found[1].equals(right)
-    wrong = own.load(paths["adapter"], rows, asked, reading=own.Reading("plain"))
+    wrong = own.load(paths["adapter"], rows, asked, reading=Reading("plain"))
     assert "run again with AUDIT='{template: space}', and do not use" in audit.warning_of(audit.learned(wrong, rows))
     untrained = pd.DataFrame({"loss": [2.0], "base_loss": [2.1], "over_base": [2 / 2.1]}, index=["in use"])
     assert "hardly the examples" in audit.warning_of(untrained)

@@ -22,6 +22,7 @@ from datainf.errors import InputError
 from datainf.evaluation import retraining, selection
 from datainf.evaluation.retraining import Bank
 from datainf.models import own as own_models
+from datainf.models.reading import TEMPLATES, Reading, encode
 from datainf.storage.files import write_whole
 from datainf.storage.memory import in_words
 from datainf.study.ground_truth import Subject
@@ -93,7 +94,7 @@ def summary(
 
 
 def best_read(
-    adapter: str, train: Dataset, query: Dataset, reading: own_models.Reading, **options
+    adapter: str, train: Dataset, query: Dataset, reading: Reading, **options
 ) -> tuple[own_models.Adapter, pd.DataFrame]:
     """`models.own.load`; where ``template`` is "auto" and texts may be written in several ways, by the one that the
     adapter has learned best.
@@ -119,7 +120,7 @@ def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
     sample, in_use, rows = train.select(range(min(SAMPLE, len(train)))), adapter.reading.template, {}
     texts_alone = not adapter.is_classifier and isinstance(own.conversation(sample[0], "Training example 0")[1], str)
     in_use = "plain" if in_use == "auto" and texts_alone else in_use
-    others = [name for name in own_models.TEMPLATES if name not in (in_use, "auto")] if texts_alone else []
+    others = [name for name in TEMPLATES if name not in (in_use, "auto")] if texts_alone else []
     for template in [in_use, *others]:
         if template == "chat" and not adapter.tuned.tokenizer.chat_template:
             continue
@@ -127,7 +128,7 @@ def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
         if template != in_use:
             other = replace(adapter.reading, template=template)
             try:
-                encoded = own_models.encode(sample, adapter.tuned.tokenizer, other)
+                encoded = encode(sample, adapter.tuned.tokenizer, other)
             except InputError:  # by which these examples cannot be written
                 continue
         with_it, without = adapter.losses_of(encoded)
