@@ -124,6 +124,7 @@ def test_figures_and_tables_are_there(sweep):
     assert pd.read_csv(here / "tables" / "table4.csv")["n"].tolist() == [40]
     assert "0.820 ± 0.005" in (here / "tables" / "table2_pictures.md").read_text()
     assert "a perfect predictor" in (here / "tables" / "leaderboard.md").read_text()
+    assert "Hessian-free" in (here / "tables" / "lds_over_datainf.md").read_text()
     neighbours = pd.read_csv(here / "tables" / "lds_neighbours.csv")
     assert len(neighbours) > 5 and (neighbours["seeds"] == "1 of 1")[neighbours["difference"] > 0].all()
     assert (

@@ -62,6 +62,13 @@ def test_neighbours_are_resolved_or_not(ground_truth):
     assert two.loc[("datainf", "random"), "resolved"] and two.loc[("datainf", "random"), "seeds"] == "1 of 1"
 
 
+def test_what_is_above_datainf(ground_truth):
+    over = tables.lds_over(ground_truth[1])
+    one, two = over["one, rank 4: halves"], over["two, rank 4: halves"]
+    assert one["Hessian-free"].startswith("-0.2") and one["Hessian-free"].endswith("*") and one["Exact"] == ""
+    assert two["Exact"].startswith("+0.3") and two["Exact"].endswith("*") and "DataInf" not in over.index
+
+
 def test_folders_without_draws_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no draws of the ground truth"):
         results.load_draws(tmp_path)

@@ -72,6 +72,28 @@ def lds_neighbours(draws: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[[*CELL, *tables[0].columns.drop(CELL)]]
 
 
+def lds_over(draws: pd.DataFrame, method: str = "datainf") -> pd.DataFrame:
+    """What each method's mean LDS over seeds is above that of one of them, with the 95% interval of their paired
+    difference, to be read: a row per method, a column per task, rank and design; * where the interval excludes 0."""
+    means = _over_seeds(draws)
+    over = means.sub(means[method], axis=0).drop(columns=method)
+
+    def said(differences: pd.Series) -> str:
+        low, high = differences.quantile([0.025, 0.975])
+        star = " *" if low * high > 0 else ""
+        return "" if differences.isna().any() else f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]{star}"
+
+    best = over.groupby(CELL).mean().mean().sort_values(ascending=False).index
+    table = over.groupby(CELL, sort=False).agg(said).T.reindex(best).rename(label).rename_axis("method")
+    return _flat(table)
+
+
+def _flat(table: pd.DataFrame) -> pd.DataFrame:
+    """With one line of headings instead of `CELL`'s three."""
+    table.columns = [f"{dataset}, rank {rank}: {design}" for dataset, rank, design in table.columns]
+    return table
+
+
 def _over_seeds(draws: pd.DataFrame) -> pd.DataFrame:
     """Their means; not a number where a method is missing of a seed, beside which it could not be compared in pairs."""
     seeds = draws.drop(columns="seed").groupby([*CELL, "draw"], sort=False)
@@ -87,8 +109,7 @@ def leaderboard(lds: pd.DataFrame) -> pd.DataFrame:
     table = text.unstack(CELL).reindex(best).rename(label).fillna("")
     ceilings = means.groupby(CELL, sort=False)["ceiling"].mean()
     table.loc["a perfect predictor"] = ["1" if pd.isna(value) else f"{value:.2f}" for value in ceilings[table.columns]]
-    table.columns = [f"{dataset}, rank {rank}: {design}" for dataset, rank, design in table.columns]
-    return table
+    return _flat(table)
 
 
 def mean_and_error(values: pd.Series) -> str:
