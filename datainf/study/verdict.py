@@ -279,7 +279,7 @@ def _compared(published: str, ours: str, jackknife: list[str], same: bool) -> di
     if same or NUMBER.sub("", published) != NUMBER.sub("", ours):
         difference = np.abs(mine - theirs).max() if len(mine) == len(theirs) else np.nan
         return {"difference": difference, "tolerance": 0.0, "status": OUTSIDE}
-    if len(jackknife) < 2:
+    if len(jackknife) < 2 or len(_numbers_in(jackknife[0])) != len(mine):  # of one seed less is said
         return {"difference": np.abs(mine - theirs).max(), "tolerance": np.nan, "status": UNJUDGED}
     k, without = len(jackknife), np.array([_numbers_in(text) for text in jackknife])
     error = ((k - 1) / k * np.square(without - without.mean(axis=0)).sum(axis=0)) ** 0.5

@@ -245,16 +245,21 @@ def test_ours_beside_the_papers_counts_cells():
     reported = results.paper_reported(provenance.ROOT / "results")
     errors, detection = records("approximation_error"), records("mislabeled_detection")
     beside = tables.ours_beside_paper(errors, detection, identification(), pictures(), reported)
-    ours = beside.set_index("claim")["ours"]
-    assert ours["DataInf correlates more than Hessian-free"] == "4 of 4"
-    assert ours["scaled LiSSA (10) correlates more than DataInf"] == "0 of 4"
-    assert ours["DataInf's correlation is lower at the highest rank than at the lowest"] == "2 of 2 datasets"
-    assert ours["DataInf detects about as well as Exact, or better"] == "0 of 4"
+    ours, verdict = (beside.set_index("claim")[name] for name in ("ours", "verdict"))
+    more = "DataInf correlates more than Hessian-free (Pearson)"
+    assert ours[more] == "in 4 of 4 cells (resolved in 4, against it in 0); mean 0.300 [0.300, 0.300]"
+    assert verdict[more] == verdict["Hessian-free correlates more than LiSSA (10) (Spearman)"].replace("fails", "holds")
+    assert ours["scaled LiSSA (10) correlates more than DataInf (Pearson)"].startswith("in 0 of 4 cells")
+    assert ours["DataInf's correlation is higher at the lowest rank than at the highest"].startswith("in 2 of 2 cells")
+    assert verdict["the lowest rank learns as well as the highest (accuracy, less 0.02)"] == "holds"
+    assert verdict["DataInf detects about as well as Exact, or better (AUC, less 0.01)"] == "fails"
     assert ours["Pearson correlation with Exact at the lowest rank, DataInf"] == "0.79 (one), 0.79 (two)"
     of = "gradients of the response (the paper's text)"
-    assert ours[f"DataInf's is above Hessian-free's, {of}"] == "2 of 3 tasks"
+    assert ours[f"DataInf's AUC is above Hessian-free's, {of}"].startswith("in 2 of 3 cells (resolved in 0, ")
+    assert ours[f"DataInf's recall is above Hessian-free's, {of}"].startswith("in 3 of 3 cells")
+    assert verdict[f"DataInf's AUC is above Hessian-free's, {of}"] == "not resolved"
     assert ours[f"class-detection AUC of Exact, {of}"].startswith("0.50 (sentence_transformations)")
-    assert ours["DataInf's is above Hessian-free's, gradients of the mean over timesteps"] == "1 of 2 tasks"
+    assert ours["DataInf's AUC is above Hessian-free's, gradients of the mean over timesteps"].startswith("in 1 of 2")
     distance = beside[beside["claim"].str.startswith("Fréchet")].iloc[0]
     assert distance["paper"] == "189.6, 247.5 over 243.5, 269.7"
     assert distance["ours"] == "0.75 (styles), 0.75 (dreambooth)"
@@ -262,12 +267,6 @@ def test_ours_beside_the_papers_counts_cells():
     assert [value[:4] for value in preferred] == ["0.40", "0.90"]
     assert tables.to_markdown(beside).count("\n") == len(beside) + 2
     assert r"by \|score\|" in tables.to_markdown(beside)
-
-
-def test_confidence_interval():
-    low, high = plotting.confidence_interval(pd.Series([1.0, 2.0, 3.0]))
-    assert (low + high) / 2 == pytest.approx(2) and high - 2 == pytest.approx(4.302653 * 3**-0.5, rel=1e-5)
-    assert np.isnan(plotting.confidence_interval(pd.Series([1.0]))[0])
 
 
 def test_figures_are_drawn():

@@ -20,13 +20,14 @@ from datainf.attribution.estimating import Estimate
 from datainf.data import own
 from datainf.errors import InputError
 from datainf.evaluation import retraining, selection
+from datainf.evaluation.paired import confidence_interval
 from datainf.evaluation.retraining import Bank
 from datainf.models import own as own_models
 from datainf.models.reading import TEMPLATES, Reading, encode
 from datainf.storage.files import write_whole
 from datainf.storage.memory import in_words
 from datainf.study.ground_truth import Subject
-from datainf.study.plotting import confidence_interval, label
+from datainf.study.plotting import label
 
 SAMPLE = 64
 """Training examples on which it is seen whether the adapter has learned them."""

@@ -21,7 +21,7 @@ from datainf.study.plotting.identification import (
 from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
 from datainf.study.plotting.retraining import by_task, calibration, ensembles, leaderboard
 from datainf.study.plotting.selection import SELECTIONS, against_loss, by_share, group_changes
-from datainf.study.plotting.style import BASELINES, METHOD_STYLE, STAGES, confidence_interval, label, use_style
+from datainf.study.plotting.style import BASELINES, METHOD_STYLE, STAGES, label, use_style
 from datainf.study.plotting.teaching import GUIDE, against_truth, blocks, ellipses, lines, look
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "calibration",
     "class_detection",
     "class_heat_maps",
-    "confidence_interval",
     "cost",
     "detection_curves",
     "ensembles",

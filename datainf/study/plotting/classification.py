@@ -5,12 +5,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from datainf.evaluation.paired import confidence_interval
 from datainf.study.plotting.style import (
     GROUP_COLOURS,
     LABELS,
     METHOD_STYLE,
     STAGES,
-    confidence_interval,
     grid_of,
     label,
     legend_beside,

@@ -7,7 +7,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from datainf.study.plotting.style import confidence_interval, label, legend_beside, look_of, ordered, row_of, shown_once
+from datainf.evaluation.paired import confidence_interval
+from datainf.study.plotting.style import label, legend_beside, look_of, ordered, row_of, shown_once
 
 
 @shown_once

@@ -5,10 +5,8 @@ from functools import wraps
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from scipy import stats
 
 # Label, colour (of the colour-blind-safe Okabe-Ito set, ordered so that lightness differs too) and marker.
 BASELINES = {
@@ -92,15 +90,6 @@ def look_of(labels: Sequence[str]) -> dict:
     styles = {name: (colour, marker) for name, colour, marker in METHOD_STYLE.values()}
     known = [styles.get(name, ("#888888", "P")) for name in labels]
     return {"hue_order": labels, "palette": [c for c, _ in known], "markers": [m for _, m in known]}
-
-
-def confidence_interval(values: pd.Series, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of few runs; NaN where there is but one."""
-    values = values.dropna()
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
-    return values.mean() - half, values.mean() + half
 
 
 def grid_of(panels: Sequence, *, width: float, height: float, columns: int, **sharing) -> tuple[Figure, list]:

@@ -1,15 +1,21 @@
 """The paper's numbers and claims, one a row, with what the records of a scale say."""
 
+import numpy as np
 import pandas as pd
 
+from datainf.evaluation import paired
 from datainf.study.plotting import label
 from datainf.study.tables.selection import gains
 from datainf.study.tables.summaries import LOSSES, kind_of
 
-TOLERANCE = 0.01  # of an AUC: differences below it count as "about as well"
+AS_WELL = 0.01  # of an AUC: by less than that a method may be below another and do about as well
+AS_ACCURATE = 0.02  # of an accuracy, likewise
 
-Claim = tuple[str, str, str, str]
-"""Item, claim, the paper's, ours."""
+Claim = tuple[str, str, str, str, str, str]
+"""Item, claim, the paper's, ours, and of a claim about an order its verdict and the difference that would be seen."""
+
+COLUMNS = ["item", "claim", "paper", "ours", "verdict", "would be seen"]
+NO_ORDER = ("", "")
 
 
 def ours_beside_paper(
@@ -30,8 +36,11 @@ def ours_beside_paper(
         truth, selections: records of the ground truth and of data selection, where there are any.
 
     Returns:
-        Columns item, claim, paper, ours. A claim about an order of methods is counted over cells, a cell being the
-        mean over seeds of one dataset and rank.
+        Columns item, claim, paper, ours, verdict, would be seen. A claim about an order of methods is counted over
+        cells, a cell being one dataset and rank; how many of those are resolved, for it or against it, and the mean
+        difference over all of them, is said by 95% intervals over seeds (see `evaluation.paired`). The verdict is that
+        of the mean; a mean difference as large as the last column says would have been resolved with a probability of
+        0.8.
     """
     records = dict(zip(_ROWS, (errors, detection, identification, pictures, truth, selections), strict=True))
     there = {name: some for name, some in records.items() if some is not None and len(some)}
@@ -42,7 +51,7 @@ def claims_of(experiment: str, records: pd.DataFrame, reported: pd.DataFrame) ->
     """The part of `ours_beside_paper` that is of one experiment, from its records."""
     paper = reported.set_index(["item", "dataset", "rank", "method", "metric"])["value"]
     rows = [row for rows_of in _ROWS.get(experiment, ()) for row in rows_of(records, paper)]
-    return pd.DataFrame(rows, columns=["item", "claim", "paper", "ours"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _approximation_rows(errors: pd.DataFrame, paper: pd.Series) -> list[Claim]:
@@ -55,49 +64,49 @@ def _approximation_rows(errors: pd.DataFrame, paper: pd.Series) -> list[Claim]:
             f"Pearson correlation with Exact at the lowest rank, {label(method)}",
             f"{paper['Figure 1', 'mrpc', 1, method, 'pearson']:.2f} (MRPC)",
             _per_dataset(correlation.loc[lowest, method]),
+            *NO_ORDER,
         )
         for method in ("datainf", "hessian_free", "lissa")
     ]
+    orders = {
+        ("datainf", "hessian_free"): "always",
+        ("datainf", "lissa"): "always",
+        ("hessian_free", "lissa"): "observed",
+        ("lissa_scaled", "datainf"): "",
+    }
+    rows = []
+    for metric in ("pearson", "spearman"):  # of which the paper has the first
+        for (one, other), said in orders.items():
+            claim = f"{_NAMES[one]} correlates more than {_NAMES[other]} ({metric.capitalize()})"
+            said = said if metric == "pearson" else ""
+            item = "Figure 1" if said else "not in the paper"
+            rows.append((item, claim, said, *_order(errors, metric, one, other)))
+    datainf = errors[errors["method"] == "datainf"]
+    falls = "DataInf's correlation is higher at the lowest rank than at the highest"
+    learns = f"the lowest rank learns as well as the highest (accuracy, less {AS_ACCURATE})"
     return at_lowest_rank + [
-        (
-            "Figure 1",
-            "DataInf correlates more than Hessian-free",
-            "always",
-            _count(correlation, "datainf", "hessian_free"),
-        ),
-        ("Figure 1", "DataInf correlates more than LiSSA (10)", "always", _count(correlation, "datainf", "lissa")),
-        (
-            "Figure 1",
-            "DataInf's correlation is lower at the highest rank than at the lowest",
-            "generally",
-            _falls_with_rank(correlation["datainf"]),
-        ),
-        (
-            "not in the paper",
-            "scaled LiSSA (10) correlates more than DataInf",
-            "",
-            _count(correlation, "lissa_scaled", "datainf"),
-        ),
+        *rows,
+        ("Figure 1", falls, "generally", *_said(_of_ranks(datainf, "pearson"))),
+        ("footnote 3", learns, "similar", *_said(_of_ranks(datainf, "accuracy"), least=-AS_ACCURATE)),
     ]
 
 
 def _mislabeled_rows(detection: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     """Detection of mislabeled examples, and its cost."""
-    auc = _cells(detection, "auc")
     seconds = _cells(detection.assign(s=detection["seconds_ihvp"] + detection["seconds_scores"]), "s")
+    baselines = ("training_loss", "self_influence", "cleanlab", "cleanlab_cross_validated")
+    there = [name for name in baselines if name in set(detection["method"])]
     return [
-        (
-            "Figures 2, 5",
-            "DataInf detects better than Hessian-free (AUC)",
-            "always",
-            _count(auc, "datainf", "hessian_free"),
+        *(
+            ("Figures 2, 5", f"DataInf detects better than {_NAMES[other]} (AUC)", "always")
+            + _order(detection, "auc", "datainf", other)
+            for other in ("hessian_free", "lissa")
         ),
-        ("Figures 2, 5", "DataInf detects better than LiSSA (10)", "always", _count(auc, "datainf", "lissa")),
         (
             "Figures 2, 5",
-            "DataInf detects about as well as Exact, or better",
+            f"DataInf detects about as well as Exact, or better (AUC, less {AS_WELL})",
             "always",
-            _count(auc, "datainf", "exact", TOLERANCE),
+            *_order(detection, "auc", "datainf", "exact", least=-AS_WELL),
         ),
         *(
             (
@@ -105,64 +114,60 @@ def _mislabeled_rows(detection: pd.DataFrame, paper: pd.Series) -> list[Claim]:
                 f"seconds of {label(method)} over seconds of DataInf (ihvp and scores)",
                 f"{paper['Figure 2', 'mean of four', 4, method, 'times_datainf']:g}",
                 f"{(seconds[method] / seconds['datainf']).median():.1f} (median)",
+                *NO_ORDER,
             )
             for method in ("lissa", "exact")
         ),
         *(
-            (
-                "not in the paper",
-                f"DataInf detects better than {label(baseline)} (AUC)",
-                "",
-                _count(auc.dropna(subset=baseline), "datainf", baseline),
-            )
-            for baseline in ("training_loss", "self_influence", "cleanlab", "cleanlab_cross_validated")
-            if baseline in auc
+            ("not in the paper", f"DataInf detects better than {label(baseline)} (AUC)", "")
+            + _order(detection, "auc", "datainf", baseline)
+            for baseline in there
         ),
     ]
 
 
 def _class_detection_rows(identification: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     """Class detection by |score|, one mean over seeds for each task."""
-    means = identification.pivot_table("auc", ["dataset", "rank"], ["loss", "method"], sort=False)
     rows = []
     for loss, of in LOSSES.items():
-        if loss not in means:
+        runs = identification[identification["loss"] == loss]
+        if runs.empty:
             continue
-        auc = means[loss]
-        rows += [
-            (
-                "Table 2",
-                f"class-detection AUC of {label(method)}, gradients of {of}",
-                _in_paper(identification, paper, "Table 2", method, "auc"),
-                _per_dataset(auc[method]),
+        for metric, name in (("auc", "AUC"), ("recall", "recall")):
+            means = _cells(runs, metric)
+            reported = {
+                method: _in_paper(identification, paper, "Table 2", method, metric)
+                for method in ("hessian_free", "datainf")
+            }
+            rows += [
+                (
+                    "Table 2" if method in reported else "not in the paper",
+                    f"class-detection {name} of {label(method)}, gradients of {of}",
+                    reported.get(method, ""),
+                    _per_dataset(means[method]),
+                    *NO_ORDER,
+                )
+                for method in ("hessian_free", "datainf", "lissa", "lissa_scaled", "exact")
+                if method in means and (metric == "auc" or method in reported)
+            ]
+            rows.append(
+                (
+                    "Table 2",
+                    f"DataInf's {name} is above Hessian-free's, gradients of {of}",
+                    "always",
+                    *_order(runs, metric, "datainf", "hessian_free"),
+                )
             )
-            for method in ("hessian_free", "datainf")
-        ]
-        rows.append(
-            (
-                "Table 2",
-                f"DataInf's is above Hessian-free's, gradients of {of}",
-                "always",
-                f"{_count(auc, 'datainf', 'hessian_free')} tasks",
-            )
-        )
-        rows += [
-            (
-                "not in the paper",
-                f"class-detection AUC of {label(method)}, gradients of {of}",
-                "",
-                _per_dataset(auc[method]),
-            )
-            for method in ("lissa", "lissa_scaled", "exact")
-            if method in auc
-        ]
+        if "lissa_scaled" in set(runs["method"]):
+            says = f"LiSSA with a step size detects better than Hessian-free (AUC), gradients of {of}"
+            rows.append(("section 4.3", says, "no: it collapses", *_order(runs, "auc", "lissa_scaled", "hessian_free")))
     similarities = {
         "prompt_similarity": "comparing the words of the prompts (TF-IDF)",
         "picture_similarity": "comparing the latents of the pictures (cosine)",
     }
-    main = means[next(iter(means))[0]]
+    main = _cells(identification[identification["loss"] == identification["loss"].iloc[0]], "auc")
     return rows + [
-        ("not in the paper", f"class-detection AUC of {what}", "", _per_dataset(main[method]))
+        ("not in the paper", f"class-detection AUC of {what}", "", _per_dataset(main[method]), *NO_ORDER)
         for method, what in similarities.items()
         if method in main
     ]
@@ -179,6 +184,7 @@ def _text_rows(identification: pd.DataFrame, paper: pd.Series) -> list[Claim]:
             f"responses exchanged: how often DataInf puts the prompt's class above the response's, by {how}",
             "",
             _per_dataset(means[column]),
+            *NO_ORDER,
         )
         for how, column in (("|score|", "prompt_preferred"), ("helpfulness", "prompt_preferred_signed"))
     ] + [
@@ -187,6 +193,7 @@ def _text_rows(identification: pd.DataFrame, paper: pd.Series) -> list[Claim]:
             f"accuracy of the {name} model",
             _in_paper(identification, paper, "Table 4", method, "accuracy"),
             _per_dataset(means[column]),
+            *NO_ORDER,
         )
         for name, method, column in (("base", "base", "accuracy_base"), ("fine-tuned", "fine_tuned", "accuracy"))
     ]
@@ -203,37 +210,37 @@ def _picture_rows(pictures: pd.DataFrame, paper: pd.Series) -> list[Claim]:
             f"Fréchet distance after fine-tuning over before (paper: FID; ours: {features})",
             f"{tuned} over {base}",
             _per_dataset(means["frechet"] / means["frechet_base"]),
+            *NO_ORDER,
         )
     ]
 
 
 def _ground_truth_rows(truth: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     """How well scores predict retraining, each cell being a task, a rank and a design."""
-    lds = truth.pivot_table("lds", ["dataset", "rank", "design"], "method", sort=False)
+    cell = ("dataset", "rank", "design")
+    lds = truth.pivot_table("lds", list(cell), "method", sort=False)
     fresh = lds.xs("half left out, fresh batches", level="design", drop_level=True)
+    orders = (
+        ("datainf", "hessian_free"),
+        ("datainf", "exact"),
+        ("exact@1", "datainf"),
+        ("exact@training", "datainf"),
+        ("datainf", "gradient_cosine"),
+    )
     return [
         (
             "not in the paper",
             f"LDS of {label(method)}, half left out, fresh batches",
             "",
             _per_dataset(fresh[method]),
+            *NO_ORDER,
         )
-        for method in ("hessian_free", "datainf", "exact", "exact@10", "gradient_cosine")
+        for method in ("hessian_free", "datainf", "exact", "exact@1", "exact@training", "gradient_cosine")
         if method in fresh
     ] + [
-        (
-            "not in the paper",
-            f"{label(better)} predicts retraining better than {label(worse)} (LDS)",
-            "",
-            _count(lds, better, worse),
-        )
-        for better, worse in (
-            ("datainf", "hessian_free"),
-            ("datainf", "exact"),
-            ("exact@10", "exact"),
-            ("exact@10", "datainf"),
-            ("datainf", "gradient_cosine"),
-        )
+        ("not in the paper", f"{label(better)} predicts retraining better than {label(worse)} (LDS)", "")
+        + _order(truth, "lds", better, worse, cell=cell)
+        for better, worse in orders
         if {better, worse} <= set(lds)
     ]
 
@@ -249,7 +256,9 @@ def _selection_rows(selections: pd.DataFrame, paper: pd.Series) -> list[Claim]:
         said = f"{better.sum()} better, {worse.sum()} worse, {(~better & ~worse).sum()} not resolved"
         paper_says = "often better" if method == "datainf" else ""
         item = "ICLR version" if method == "datainf" else "not in the paper"
-        rows.append((item, f"accuracy of models on what {label(method)} keeps, beside all data", paper_says, said))
+        rows.append(
+            (item, f"accuracy of models on what {label(method)} keeps, beside all data", paper_says, said, *NO_ORDER)
+        )
     return rows
 
 
@@ -262,25 +271,38 @@ def _in_paper(identification: pd.DataFrame, paper: pd.Series, item: str, method:
 
 def _cells(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Means over seeds: a row per (dataset, rank), a column per method."""
-    return runs.pivot_table(metric, ["dataset", "rank"], "method", aggfunc="mean", sort=False, dropna=False)
+    table = runs.pivot_table(metric, ["dataset", "rank"], "method", aggfunc="mean", sort=False, dropna=False)
+    return table.dropna(how="all")
 
 
-def _count(cells: pd.DataFrame, better: str, worse: str, tolerance: float = 0.0) -> str:
-    """In how many cells one method's mean is above another's (less a tolerance)."""
-    above = cells[better] > cells[worse] - tolerance
-    return f"{above.sum()} of {len(above)}"
+def _order(
+    runs: pd.DataFrame, metric: str, one: str, other: str, *, least: float = 0.0, **cell
+) -> tuple[str, str, str]:
+    """What paired differences of two methods say, the verdict, and what would be seen; of runs that have both."""
+    return _said(paired.differences(runs, metric, one, other, **cell), least=least)
 
 
-def _falls_with_rank(correlation: pd.Series) -> str:
-    """In how many datasets the highest rank's mean is below the lowest rank's."""
-    by_rank = correlation.unstack("rank")
-    falls = by_rank[by_rank.columns.max()] < by_rank[by_rank.columns.min()]
-    return f"{falls.sum()} of {len(falls)} datasets"
+def _said(differences: pd.Series, *, least: float = 0.0) -> tuple[str, str, str]:
+    found = paired.order(differences, least=least)
+    return str(found), found.verdict, "" if np.isnan(found.detectable) else f"{found.detectable:.2g}"
+
+
+def _of_ranks(runs: pd.DataFrame, metric: str) -> pd.Series:
+    """A metric at the lowest rank minus that at the highest, by dataset and seed."""
+    by_rank = runs.pivot_table(metric, ["dataset", "seed"], "rank", sort=False)
+    return (by_rank[by_rank.columns.min()] - by_rank[by_rank.columns.max()]).dropna()
 
 
 def _per_dataset(values: pd.Series) -> str:
     return ", ".join(f"{value:.2f} ({dataset})" for (dataset, _), value in values.items())
 
+
+_NAMES = {
+    "datainf": "DataInf",
+    "hessian_free": "Hessian-free",
+    "lissa": "LiSSA (10)",
+    "lissa_scaled": "scaled LiSSA (10)",
+}
 
 _ROWS = {
     "approximation_error": [_approximation_rows],

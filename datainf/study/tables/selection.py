@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from datainf.study.plotting import SELECTIONS, confidence_interval, label
+from datainf.evaluation.paired import confidence_interval
+from datainf.study.plotting import SELECTIONS, label
 
 CELL = ["dataset", "rank", "noise", "design", "method", "share"]
 

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from pandas.io.formats.style import Styler
 
 from datainf.evaluation import counterfactual
-from datainf.study.plotting import confidence_interval, label
+from datainf.evaluation.paired import confidence_interval
+from datainf.study.plotting import label
 
 
 def mean_and_interval(values: pd.Series) -> str:
