@@ -20,7 +20,7 @@ SMALLEST = {
     "50_complexity": {
         **{"matrix_widths": [128, 256, 512], "widths": [512, 2048, 4096, 8192], "n_wide": 64},
         **{"examples": [1024, 2048, 4096], "d_tall": 256, "wide_examples": [64, 128, 256], "d_wide": 1024},
-        **{"layers": [1, 2, 4], "queries": [1, 4], "repeats": 1, "budget_mib": 1},
+        **{"layers": [1, 2, 4], "queries": [1, 4], "matrix_sides": [16, 32], "repeats": 1, "budget_mib": 1},
     },
     "60_speed_and_scale": {"n_train": 100, "n_validation": 10, "shard_examples": 20, "budgets_mb": [1, 3, 20]},
 }
