@@ -108,12 +108,19 @@ class Training:
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
 
 
-def train(model: PeftModel, training: Training, checkpoints: Path | None, watch: Watch | None = None) -> pd.DataFrame:
+def train(
+    model: PeftModel,
+    training: Training,
+    checkpoints: Path | None,
+    watch: Watch | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> pd.DataFrame:
     """Train `model`, the base with its adapter, in place.
 
     Args:
         checkpoints: a folder to go on from the last checkpoint that is there, and to keep others in; None keeps none.
         watch: is shown the Trainer and each batch before it is trained on.
+        callbacks: of the Trainer, beside its own.
 
     Returns:
         The curve, one row per epoch, or `REPORTS` in all where the recipe counts steps: see `lora.FineTuned`.
@@ -126,6 +133,7 @@ def train(model: PeftModel, training: Training, checkpoints: Path | None, watch:
             eval_dataset=training.query,
             data_collator=training.collate,
             compute_metrics=training.compute_metrics,
+            callbacks=list(callbacks),
         )
         trainer.loss, trainer.watch = training.loss, watch
         # Only a language model divides its loss by all the tokens of a batch in parts. Other losses are means, and
@@ -162,8 +170,7 @@ def _arguments(training: Training, folder: Path, *, saves: bool) -> TrainingArgu
         save_total_limit=1,
         # Like lengths share a batch: far less padding.
         train_sampling_strategy="group_by_length" if tokenized else "random",
-        # A loss of one's own takes what it needs from the batch, under its own names.
-        remove_unused_columns=training.loss is None,
+        remove_unused_columns=False,  # there are none but those of the model, of a loss of one's own, or of a callback
         label_names=None if tokenized else ["target"],
         seed=recipe.seed,
         bf16=recipe.bf16,
