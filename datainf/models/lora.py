@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from datainf import demo, progress
@@ -218,6 +218,7 @@ def retrain(
     same_batches: bool = False,
     order: int | None = None,
     watch: Watch | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PeftModel:
     """Fine-tune anew as `fine_tune` did, but without some of the training examples; nothing is written.
 
@@ -229,7 +230,7 @@ def retrain(
         same_batches: leave the others where they are in the batches, with weight 0, so that nothing else changes. By
             default the batches are of the kept examples alone, drawn anew.
         order: the seed of the order of examples and of dropout; by default the recipe's.
-        watch: see `training.train`.
+        watch, callbacks: see `training.train`.
 
     Raises:
         InputError: no example is kept.
@@ -249,7 +250,7 @@ def retrain(
     )
     adapted = attach_adapter(training.load(), training.recipe, training.task_type)
     with progress.off():
-        train(adapted, again, None, watch)
+        train(adapted, again, None, watch, callbacks)
     return on_device(adapted.eval())
 
 

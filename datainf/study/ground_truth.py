@@ -29,6 +29,7 @@ from datainf.evaluation import baselines, retraining
 from datainf.evaluation.parts import some_layers
 from datainf.evaluation.retraining import OWN, SAME, Bank, Retraining
 from datainf.models import causal_lm, classifier, diffusion, fisher, lora, losses
+from datainf.models.in_training import INDEX, RecordGradients
 from datainf.models.lora import FineTuned, Recipe
 from datainf.study import parameters, results
 from datainf.study.provenance import ROOT, provenance, rooted
@@ -211,6 +212,19 @@ def gradients(chosen: Subject, run: Mapping[str, object], folder: str | Path) ->
         for name, examples in (("train", chosen.tuned.train), ("query", chosen.tuned.query))
     )
     return Gradients(chosen, run["batch_size"], train, query)
+
+
+def recorded(chosen: Subject) -> datainf.GradientStore | None:
+    """The training examples' gradients as the fine-tuning itself had them, in its last epoch: it is done again. None of
+    pictures, whose loss is not the model's own, and where a layer has no gradient yet, as lora_A at the first step."""
+    training, n = chosen.tuned.training, len(chosen.tuned.train)
+    if training.loss is not None:
+        return None
+    recording = RecordGradients(n)
+    numbered = replace(training, examples=lora.with_column(training.examples, INDEX, list(range(n))))
+    lora.retrain(numbered, np.ones(n, dtype=bool), callbacks=[recording])
+    store = recording.store
+    return store if all(store.rows(name).square_norms.any() for name in store) else None
 
 
 def in_parts(method: str) -> tuple[str, float | str | None, str]:

@@ -42,7 +42,9 @@ METHOD_STYLE = {
     "kronecker@1": ("Kronecker, damping 1", "#2E8B57", "$k$"),
     "kronecker@training": ("Kronecker, damping of the training", "#0B4F2A", "$t$"),
     "ekfac": ("EK-FAC", "#882255", "$e$"),
+    "ekfac@1": ("EK-FAC, damping 1", "#A63D73", "$a$"),
     "joint": ("Joint", "#AA4499", "$J$"),
+    "joint@1": ("Joint, damping 1", "#C06BB4", "$j$"),
     "unrolled": ("Unrolled", "#332288", "$U$"),
     "generalized_fisher@training": ("Generalized Fisher, damping of the training", "#88CCEE", "$g$"),
     "generalized_fisher": ("Generalized Fisher", "#44AA99", "$F$"),
@@ -63,8 +65,12 @@ def use_style() -> None:
 
 
 def label(method: str) -> str:
-    """A method's name as readers know it."""
-    return LABELS.get(method, method)
+    """A method's name as readers know it, with its damping and what else is said of it: "exact@3, recorded"."""
+    if method in LABELS:
+        return LABELS[method]
+    name, comma, note = method.partition(", ")
+    name, at, damping = name.partition("@") if not comma else (label(name), "", "")
+    return f"{name}, {note}" if comma else f"{label(name)}, damping {damping}" if at else method
 
 
 def shown_once(draw: Callable[..., Figure]) -> Callable[..., Figure]:
