@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from datainf.storage.rows import PART, Matrix, Rows, double, slices
+from datainf.storage.rows import PART, Matrix, Rows, double, gram, slices
 
 Shape = tuple[int, int]
 Solver = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]
@@ -40,7 +40,7 @@ def kronecker_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
 
 def kronecker_basis(G: Matrix, shape: Shape) -> Basis:
     """U, W and S of `kronecker`."""
-    return _eigenvalue_corrected(G, shape, _mean_squares(G, shape))
+    return _eigenvalue_corrected(G, shape, [_mean_square(G, shape, by_rows) for by_rows in (False, True)])
 
 
 def ekfac(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Shape, factors: Factors) -> Float[Tensor, "m d"]:
@@ -80,18 +80,29 @@ def generalized_fisher(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Sh
 
 
 def generalized_fisher_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
-    """`generalized_fisher` as a function of V alone."""
-    return _solver(generalized_fisher_basis(double(G), shape), lam, shape)
+    """`generalized_fisher` as a function of V alone, by a Cholesky factor of F + lam I."""
+    by_rows = shape[1] >= shape[0]
+    F = _mean_square(double(G), shape, by_rows) / min(shape)
+    F.diagonal().add_(lam)
+    L = torch.linalg.cholesky(F)
+
+    def solve(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        """Of the matrices with their long side last, all rows at once."""
+        rows = double(V).view(-1, *shape)
+        rows = rows if by_rows else rows.mT
+        return torch.cholesky_solve(rows.reshape(-1, len(F)).T, L).T.view(rows.shape)
+
+    if by_rows:
+        return lambda V: solve(V).flatten(1).to(V.dtype).to(V.device)
+    return lambda V: solve(V).mT.flatten(1).to(V.dtype).to(V.device)
 
 
 def generalized_fisher_basis(G: Matrix, shape: Shape) -> Basis:
     """The eigenvectors of F on its side and nothing on the other, and its eigenvalues, the same for all rows."""
-    (out, width), (left, right) = shape, _mean_squares(G, shape)
-    if width >= out:
-        S, W = torch.linalg.eigh(right / out)
-        return torch.eye(out, dtype=W.dtype, device=W.device), W, S.expand(shape)
-    S, U = torch.linalg.eigh(left / width)
-    return U, torch.eye(width, dtype=U.dtype, device=U.device), S[:, None].expand(shape)
+    by_rows = shape[1] >= shape[0]
+    S, W = torch.linalg.eigh(_mean_square(G, shape, by_rows) / min(shape))
+    nothing = torch.eye(min(shape), dtype=W.dtype, device=W.device)
+    return (nothing, W, S.expand(shape)) if by_rows else (W, nothing, S[:, None].expand(shape))
 
 
 def _solver(basis: Basis, lam: float, shape: Shape) -> Solver:
@@ -105,15 +116,17 @@ def _solver(basis: Basis, lam: float, shape: Shape) -> Solver:
     return solve
 
 
-def _mean_squares(G: Matrix, shape: Shape) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
-    """The means of G_i G_i^T and of G_i^T G_i."""
-    left, right = (torch.zeros(size, size, dtype=G.dtype, device=G.device) for size in shape)
-    for part in matrices(G, shape):
-        rows = part.transpose(0, 1).flatten(1)  # (out, examples * in)
-        left.addmm_(rows, rows.T)
-        rows = part.flatten(0, 1)
-        right.addmm_(rows.T, rows)
-    return left / len(G), right / len(G)
+def _mean_square(G: Matrix, shape: Shape, by_rows: bool) -> Float[Tensor, "side side"]:
+    """The lower triangle of the mean of G_i^T G_i, or, not `by_rows`, of G_i G_i^T."""
+    size = shape[1] if by_rows else shape[0]
+    total = torch.zeros(size, size, dtype=G.dtype, device=G.device)
+    if by_rows:  # which all lie one under the other
+        for _, block in (G if isinstance(G, Rows) else Rows.of(G)).blocks():
+            total += gram(block.reshape(-1, size).T)
+    else:
+        for part in matrices(G, shape):
+            total += gram(part.transpose(0, 1).flatten(1))
+    return total / len(G)
 
 
 def matrices(G: Matrix, shape: Shape) -> Iterator[Float[Tensor, "k out in"]]:

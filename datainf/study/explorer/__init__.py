@@ -230,8 +230,8 @@ HOW_TO_READ = [
     (
         "Which method",
         "Held against retraining on four tasks, both Exact at the damping that follows from the length of the "
-        "fine-tuning, which asks for the recipe, and Kronecker at damping 1, which asks for nothing, predict more than "
-        "DataInf on each. Exact at the paper's damping of 0.1 does not on every one.",
+        "fine-tuning, which asks for the recipe, and Generalized Fisher at damping 1, which asks for nothing, predict "
+        "more than DataInf on each. Exact at the paper's damping of 0.1 does not on every one.",
     ),
     (
         "Wrong labels and responses",
