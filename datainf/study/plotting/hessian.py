@@ -34,6 +34,7 @@ def by_damping(
     """
     panels = list(dict.fromkeys(table["design"]))
     figure, axes = grid_of(panels, width=6.2, height=4.4, columns=2, sharey=True)
+    ends_of = []
     for axis, design in zip(axes, panels, strict=True):
         some, ends = table[table["design"] == design], []
         highest = some.loc[some[y].idxmax(), "method"]
@@ -54,6 +55,8 @@ def by_damping(
                 "a perfect predictor", (0.02, ceilings[design]), xycoords=("axes fraction", "data"), fontsize=9
             )
         axis.set(xscale="log", title=design, xlabel="damping, in units of a layer's mean eigenvalue", ylabel=ylabel)
+        ends_of.append(ends)
+    for axis, ends in zip(axes, ends_of, strict=True):  # when all panels have the limits that they share
         name_ends(figure, axis, ends)
     figure.suptitle(title, fontsize=12)
     return figure

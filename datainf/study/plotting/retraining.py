@@ -79,6 +79,7 @@ def by_task(lds: pd.DataFrame, title: str) -> Figure:
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set(title=f"{dataset}, rank {rank}", xlabel="LDS (Spearman correlation)", yticks=range(len(order)))
         axis.set_yticklabels([label(method) for method in order])
+        axis.tick_params(labelbottom=True)  # of a panel with none below it too
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
     seeds = " to ".join(map(str, sorted({lds["seeds"].min(), lds["seeds"].max()})))
