@@ -58,7 +58,7 @@ publish: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo "Running the tests."
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 lab: $(VENV)/installed
 	@echo "Opening JupyterLab on notebooks/; start with 00_influence_functions.ipynb."

@@ -80,9 +80,13 @@ def generalized_fisher(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Sh
 
 
 def generalized_fisher_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
-    """`generalized_fisher` as a function of V alone, by a Cholesky factor of F + lam I."""
+    """`generalized_fisher` as a function of V alone, by a Cholesky factor of F + lam I.
+
+    F is added up in the type of G, as DataInf's products are, and factorized in float64: it has few rows, so that its
+    condition number is small, and the products are nearly all of the time.
+    """
     by_rows = shape[1] >= shape[0]
-    F = _mean_square(double(G), shape, by_rows) / min(shape)
+    F = double(_mean_square(G, shape, by_rows)) / min(shape)
     F.diagonal().add_(lam)
     L = torch.linalg.cholesky(F)
 
