@@ -110,15 +110,20 @@ def lds_table(
     return table, pd.DataFrame(resampled["both"])
 
 
+def difference(draws: pd.Series, others: pd.Series) -> Estimate:
+    """By how much one LDS is above another, of draws of the same queries and subsets for both."""
+    of_each = draws - others
+    return Estimate(of_each.mean(), *np.nanquantile(of_each, [0.025, 0.975]))
+
+
 def neighbours(draws: pd.DataFrame) -> pd.DataFrame:
     """Is the order of methods resolved? For each method and the next one, by their mean: the difference with its 95%
     interval, of draws that were made for all together; ``resolved`` where the interval excludes 0."""
     order = draws.mean().sort_values(ascending=False).index
     rows = []
     for better, worse in zip(order[:-1], order[1:], strict=True):
-        difference = draws[better] - draws[worse]
-        limits = _limits(difference)
-        rows.append({"method": better, "next": worse, "difference": difference.mean(), **limits})
+        above, low, high = difference(draws[better], draws[worse])
+        rows.append({"method": better, "next": worse, "difference": above, "low": low, "high": high})
     table = pd.DataFrame(rows, columns=["method", "next", "difference", "low", "high"])
     return table.assign(resolved=(table["low"] > 0) | (table["high"] < 0))
 
@@ -126,8 +131,7 @@ def neighbours(draws: pd.DataFrame) -> pd.DataFrame:
 def reliability(bank: Bank, scores: Scores) -> float:
     """Are some queries predicted better than others, or does it only look so? The correlation over queries of their LDS
     from every other retraining with that from the rest, for the full number of retrainings (Spearman-Brown)."""
-    halves = [bank._at(np.arange(len(bank))[first::2]) for first in (0, 1)]
-    one, other = (_spearman(predicted(half, scores), half.losses.T.astype(float)) for half in halves)
+    one, other = (_spearman(predicted(half, scores), half.losses.T.astype(float)) for half in bank.halves())
     r = stats.pearsonr(one, other).statistic if len(one) > 2 and np.ptp(one) and np.ptp(other) else np.nan
     return float(2 * r / (1 + r))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,7 +44,7 @@ from datainf.attribution.methods import (
     resolve_method,
 )
 from datainf.errors import InputError
-from datainf.evaluation.counterfactual import lds
+from datainf.evaluation.counterfactual import difference, lds, lds_table
 from datainf.evaluation.retraining import Bank
 from datainf.progress import bar
 from datainf.storage.rows import Rows, double, gram, square_norms
@@ -104,6 +105,34 @@ def best_damping(bank: Bank, path: Float[np.ndarray, "dampings m n"], dampings: 
     """The damping by which the mean LDS over the queries is the largest. It is chosen on these retrainings, so judge it
     on others. Errors as of `counterfactual.lds`."""
     return dampings[int(np.argmax([lds(bank, scores).mean() for scores in path]))]
+
+
+def judged_apart(
+    bank: Bank,
+    paths: Mapping[str, Float[np.ndarray, "dampings m n"]],
+    dampings: Sequence[float],
+    *,
+    over: str = "datainf",
+    draws: int = 400,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every method at its `best_damping` on every other retraining, judged on the rest: a maximum over many dampings
+    flatters itself.
+
+    Returns:
+        A row per method: its ``damping``, its ``lds``, and the ``gain`` over the method `over`, in pairs, with its 95%
+        interval from ``low`` to ``high``.
+
+    Raises:
+        InputError: fewer than twice `counterfactual.FEWEST` retrainings, and as `counterfactual.lds`.
+    """
+    first, rest = bank.halves()
+    best = {method: best_damping(first, path, dampings) for method, path in paths.items()}
+    scores = {method: path[dampings.index(best[method])] for method, path in paths.items()}
+    table, drawn = lds_table(rest, scores, draws=draws, seed=seed)
+    gains = [difference(drawn[method], drawn[over]) for method in paths]
+    found = pd.DataFrame(gains, columns=["gain", "low", "high"], index=pd.Index(paths, name="method"))
+    return found.assign(damping=best, lds=table["lds"])[["damping", "lds", "gain", "low", "high"]].reset_index()
 
 
 @dataclass

@@ -149,6 +149,11 @@ class Bank:
             chosen &= (self.rows[column] == value).to_numpy()
         return self._at(np.flatnonzero(chosen))
 
+    def halves(self) -> tuple["Bank", "Bank"]:
+        """Every other retraining, and the rest."""
+        places = np.arange(len(self))
+        return self._at(places[::2]), self._at(places[1::2])
+
     def _at(self, places: Sequence[int]) -> "Bank":
         return replace(
             self,

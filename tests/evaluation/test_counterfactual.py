@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from datainf.errors import InputError
-from datainf.evaluation import counterfactual, retraining
+from datainf.evaluation import counterfactual, damping, retraining
 from datainf.evaluation.retraining import SAME, Bank
 from datainf.study.provenance import ROOT
 
@@ -97,6 +97,22 @@ def test_influence_agrees_with_brute_force(truth, alone):
     assert counterfactual.lds(subsets, scores).mean() > 0.97
     slope = counterfactual.calibration(alone, scores, base, draws=20)["every_query"]
     assert slope.value == pytest.approx(1, abs=0.1)
+
+
+def test_a_damping_is_judged_on_other_retrainings_than_it_was_chosen_on(truth):
+    bank, rng = truth.select(design="subset"), np.random.default_rng(4)
+    chosen_on, judged_on = bank.halves()
+    assert not set(chosen_on.rows["number"]) & set(judged_on.rows["number"])
+    assert len(chosen_on) + len(judged_on) == len(bank)
+    noise, dampings = rng.standard_normal((2, 3, M, N)), [0.1, 1, 10]
+    paths = {"datainf": noise[0], "exact": np.stack([noise[1][0], influence(), noise[1][1]])}
+    found = damping.judged_apart(bank, paths, dampings, draws=50).set_index("method")
+    assert found.loc["exact", "damping"] == 1
+    best = found.loc["datainf", "damping"]
+    assert best == max(dampings, key=lambda at: counterfactual.lds(chosen_on, noise[0][dampings.index(at)]).mean())
+    lds = counterfactual.lds(judged_on, noise[0][dampings.index(best)]).mean()
+    assert found.loc["datainf", ["lds", "gain", "low", "high"]].tolist() == pytest.approx([lds, 0, 0, 0])
+    assert found.loc["exact", "low"] > 0.5
 
 
 def test_lds_is_scipys_spearman(truth):

@@ -1,7 +1,7 @@
 """The study's tables: what the paper reports beside what was measured here."""
 
 from datainf.study.tables.claims import claims_of, ours_beside_paper
-from datainf.study.tables.damping import damping_paths, dampings
+from datainf.study.tables.damping import damping_paths, dampings, hessian_record
 from datainf.study.tables.selection import data_selection, gains, group_agreement
 from datainf.study.tables.summaries import (
     accuracy_gained,
@@ -18,22 +18,23 @@ from datainf.study.tables.summaries import (
 )
 
 __all__ = [
-    "damping_paths",
-    "data_selection",
-    "gains",
-    "group_agreement",
-    "dampings",
     "accuracy_gained",
     "by_dataset_and_rank",
+    "claims_of",
     "class_detection",
+    "damping_paths",
+    "dampings",
+    "data_selection",
     "distance_gained",
     "fine_tuned",
+    "gains",
+    "group_agreement",
+    "hessian_record",
     "influential",
     "lds_neighbours",
     "lds_over",
     "lds_over_seeds",
     "leaderboard",
-    "claims_of",
     "ours_beside_paper",
     "to_markdown",
 ]
