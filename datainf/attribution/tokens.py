@@ -35,8 +35,8 @@ class TokenInfluence:
     Attributes:
         by_length: T -> (m, T), what comes through the layers that see T tokens; of a text model there is one T, of a
             UNet one for each size of picture, and the prompt's.
-        rest: (m,), what comes through layers that see no tokens, such as a head on the pooled state, or that are no
-            plain matrix.
+        rest: (m,), what comes through layers that see no tokens, such as a head on the pooled state, or see them
+            otherwise than in the example's order, such as an expert, or that are no plain matrix.
     """
 
     by_length: Mapping[int, Float[Tensor, "m T"]]
@@ -81,7 +81,6 @@ def token_influence(
         ihvp: layer name -> R of shape (m, d_l), by `datainf.ihvp`; of its layers alone are the scores.
 
     Raises:
-        InputError: a layer whose module sees the batch otherwise than by example.
         ValueError: a layer that the model does not train.
     """
     examples, collate_fn = as_sequence(examples), collate_fn or default_collate
@@ -105,21 +104,28 @@ class _TokenRecorder(Recorder):
             name: ihvp[name].to(weight.device).view(len(ihvp[name]), *matrix_shape(weight.shape))
             for name, weight in weights.items()
         }
+        self._whole: set[str] = set()  # layers of which only the gradient of the whole example can be told
 
     def influence_of(self, loss: Callable[[], Tensor]) -> TokenInfluence:
         """Of the one example whose loss it is."""
-        while True:
+        done = False
+        while not done:
             self._by_length: dict[int, Tensor] = {}
-            self._rest: Tensor | float = 0.0
+            self._rest = torch.zeros(len(next(iter(self.R.values()))))
+            for name in self._whole:
+                self.weights[name].requires_grad_(True).grad = None
             with self.batch_of(1):
                 loss().sum().backward()
-            if not self.copy_what_was_lost():
-                break
-        for name, why in self.broken.items():
-            raise InputError(f"The layer {name!r} has no tokens of its own, since {why}: leave it out of the ihvp.")
-        return TokenInfluence(self._by_length, self._rest + torch.zeros(len(next(iter(self.R.values())))))
+            done = not self.copy_what_was_lost() and self.broken.keys() <= self._whole
+            self._whole |= self.broken.keys()
+        for name in self._whole:
+            if (gradient := self.weights[name].grad) is not None:
+                self._add_whole(name, gradient.to_dense())
+        return TokenInfluence(self._by_length, self._rest)
 
     def _take(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        if name in self._whole:
+            return
         x, dy = as_tokens(module, inputs, gradient)
         R, tokens = self.R[name], x.shape[1:-1].numel()
         x, dy = (side.reshape(len(side), tokens, -1).to(R.dtype) for side in (x, dy))
@@ -135,5 +141,9 @@ class _TokenRecorder(Recorder):
 
     def _add(self, name: str, gradients: Tensor) -> None:
         """Of a layer that is no plain matrix the whole gradient is at hand, and no tokens."""
+        if name not in self._whole:
+            self._add_whole(name, gradients)
+
+    def _add_whole(self, name: str, gradient: Tensor) -> None:
         R = self.R[name].flatten(1)
-        self._rest = self._rest - (R @ gradients.flatten().to(R.dtype)).cpu()
+        self._rest = self._rest - (R @ gradient.flatten().to(R.dtype)).cpu()

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scripts.tiny import collate, make_examples, make_model
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 import datainf
 from datainf.attribution.tokens import TokenInfluence, token_influence
@@ -108,3 +110,24 @@ def test_layers_that_are_no_matrix_count_as_the_rest():
     (one,) = token_influence(model, examples[:1], losses.classification, store, collate_fn=collate)
     scores = datainf.influence(store, store, lambda G, V, lam: V)
     assert (one.total - scores[:, 0]).abs().max() < 1e-5 * scores.abs().max()
+
+
+def test_layers_that_see_tokens_without_their_order_count_as_the_rest():
+    """OPT's feed-forward modules see all tokens of a batch in one list, as experts see those that fall to them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, "num_attention_heads": 2}
+    base = OPTForCausalLM(OPTConfig(vocab_size=40, num_hidden_layers=1, max_position_embeddings=32, **sizes)).double()
+    lora = LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False)
+    texts = [torch.randint(5, 40, (length,)).tolist() for length in (7, 4)]
+    examples = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in texts]
+    as_batch = lambda some: {key: torch.tensor([one[key] for one in some]) for key in some[0]}  # noqa: E731
+    options = {"collate_fn": as_batch, "batch_size": 1, "dtype": torch.float64}
+    with pytest.warns(UserWarning, match="are taken one example at a time"):
+        store = datainf.per_sample_gradients(model, examples, losses.completion, **options)
+    scores = datainf.influence(store, store, "hessian_free")
+    found = token_influence(model, examples, losses.completion, store, collate_fn=as_batch)
+    for index, (one, ids) in enumerate(zip(found, texts, strict=True)):
+        torch.testing.assert_close(one.total, scores[:, index], rtol=1e-9, atol=0)
+        assert one.rest.abs().min() > 0 and list(one.by_length) == [len(ids)]
+    assert not any(weight.grad is not None for weight in model.parameters())

@@ -84,10 +84,9 @@ def collect(
     rank = scores.shape[1] - stats.rankdata(scores[:shown], axis=1, method="ordinal") + 1
 
     def card(query: int, index: int) -> dict[str, Any]:
-        (of_tokens,) = words_of[index].by_length.values() or (np.zeros((shown, 0)),)
-        words, values = pieces(
-            chosen.tuned.tokenizer, chosen.tuned.train[index]["input_ids"], of_tokens[query].tolist()
-        )
+        ids = chosen.tuned.train[index]["input_ids"]
+        of_tokens = words_of[index].by_length.get(len(ids), np.zeros((shown, len(ids))))
+        words, values = pieces(chosen.tuned.tokenizer, ids, of_tokens[query].tolist())
         return {
             "example": index,
             "score": float(scores[query, index]),
