@@ -18,7 +18,7 @@ from datainf.study.plotting.identification import (
     class_heat_maps,
     loss_curve,
 )
-from datainf.study.plotting.pictures import influential_pictures, picture_grid, stability
+from datainf.study.plotting.pictures import influential_pictures, picture_grid, places_of_influence, stability
 from datainf.study.plotting.retraining import by_task, calibration, ensembles, leaderboard
 from datainf.study.plotting.selection import SELECTIONS, against_loss, by_share, group_changes
 from datainf.study.plotting.style import BASELINES, METHOD_STYLE, STAGES, label, use_style
@@ -58,6 +58,7 @@ __all__ = [
     "leaderboard",
     "loss_curve",
     "picture_grid",
+    "places_of_influence",
     "score_distributions",
     "side_by_side",
     "stability",

@@ -64,6 +64,31 @@ def influential_pictures(
 
 
 @shown_once
+def places_of_influence(
+    queries: Sequence[tuple[Image.Image, str]],
+    train: Sequence[tuple[Image.Image, str]],
+    places: Float[np.ndarray, "pairs height width"],
+    title: str,
+) -> Figure:
+    """Query pictures, under each a training picture and, place by place, what it does to the query's loss."""
+    figure, axes = _grid(3, len(queries))
+    figure.set_figwidth(figure.get_figwidth() + 1)  # for the bar
+    for query, one, shares, column in zip(queries, train, places, axes.T, strict=True):
+        _show(column[0], *query)
+        _show(column[1], *one)
+        largest = max(np.abs(shares).max(), np.finfo(float).tiny)
+        image = column[2].imshow(shares / largest, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        column[2].set(xticks=[], yticks=[])
+        column[2].grid(False)
+    for axis, name in zip(axes[:, 0], ("test picture", "training\npicture", "its places"), strict=True):
+        axis.set_ylabel(name, fontsize=11)
+    bar = figure.colorbar(image, ax=axes[2], shrink=0.9, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["helpful", "0", "harmful"], fontsize=8)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+@shown_once
 def stability(points: pd.DataFrame, title: str) -> Figure:
     """How scores settle as the loss averages over more draws of noise: a panel per quantity, a line per method.
 
