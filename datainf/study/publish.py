@@ -1,7 +1,7 @@
 """Make reproduced results the published ones: ``python -m datainf.study.publish SCALE`` (make publish SCALE=...).
 
 `results/published/SCALE` becomes a copy of `results/SCALE`: records, tables, figures, banks and draws, and the executed
-notebooks that the configuration names under `publish`. It is what the README and the tests speak of.
+notebooks that the configuration names under `publish`. It is what the README, docs/ and the tests speak of.
 """
 
 import argparse
@@ -71,7 +71,9 @@ def main() -> None:
     except InputError as error:
         sys.exit(str(error))
     readme.update()
-    print(f"results/published/{scale} is what results/{scale} was; the README shows it. Look at it, then commit.")
+    print(
+        f"results/published/{scale} is what results/{scale} was; the README and docs/ show it. Look at it, then commit."
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Put the published results into the README: ``python -m datainf.study.readme``.
+"""Put the published tables into the pages that show them: ``python -m datainf.study.readme``.
 
-Between the markers ``<!-- results: SCALE -->`` and ``<!-- end -->`` stands the table that notebook 90 wrote for that
-scale, so that no number in the README is typed by hand.
+What stands between the markers ``<!-- published: PATH -->`` and ``<!-- end -->`` of the README and of docs/ is the file
+of that path in results/published/, as notebook 90 wrote it, so that no number of a table is typed by hand.
 """
 
 import re
@@ -9,23 +9,25 @@ from pathlib import Path
 
 from datainf.study.provenance import ROOT
 
-SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTION = re.compile(r"( *)(<!-- published: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def updated(text: str, published: Path) -> str:
-    """The README's text with every section's table replaced by the one in `published`/SCALE/tables."""
+    """A page's text with every section's table replaced by the file that it names, as far in as its marker."""
 
     def table(match: re.Match) -> str:
-        path = published / match[2] / "tables" / "ours_beside_paper.md"
-        return match[1] + "\n" + path.read_text(encoding="utf8") + "\n" + match[3]
+        inside = "\n" + (published / match[3]).read_text(encoding="utf8") + "\n" + match[4]
+        return match[1] + match[2] + re.sub(r"(?m)^(?=.)", match[1], inside)
 
     return SECTION.sub(table, text)
 
 
 def update() -> None:
-    """Rewrite the README with what is published now."""
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text(encoding="utf8"), ROOT / "results" / "published"), encoding="utf8")
+    """Rewrite the pages with what is published now."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf8")
+        page.write_text(updated(text, ROOT / "results" / "published"), encoding="utf8")
 
 
 if __name__ == "__main__":

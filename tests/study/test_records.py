@@ -334,24 +334,29 @@ def test_importing_the_package_is_enough():
     assert out.split() == ["influence", "GradientStore"]
 
 
-def test_the_readme_shows_the_tracked_tables(tmp_path):
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_a_page_shows_the_tracked_tables(page, tmp_path):
     """As git tracks them: results that a user has made anew need not be those in the README."""
 
     def tracked(path: str) -> str:
         git = ["git", "show", f":{path}"]
         return subprocess.run(git, cwd=provenance.ROOT, capture_output=True, text=True, check=True).stdout
 
-    text = tracked("README.md")
-    scales = [match[2] for match in readme.SECTION.finditer(text)]
-    assert scales
-    for scale in scales:
-        path = f"{scale}/tables/ours_beside_paper.md"
-        (tmp_path / path).parent.mkdir(parents=True)
+    text = tracked(page.relative_to(provenance.ROOT).as_posix())
+    paths = [match[3] for match in readme.SECTION.finditer(text)]
+    assert paths or page.name not in ("README.md", "findings.md")
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(tracked(f"results/published/{path}"), encoding="utf8")
     assert readme.updated(text, tmp_path) == text
 
 
-def test_every_file_the_readme_names_is_there():
-    text = (provenance.ROOT / "README.md").read_text(encoding="utf8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    assert links and not [link for link in links if not (provenance.ROOT / link).exists()]
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_every_file_and_heading_that_a_page_names_is_there(page):
+    for link, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", page.read_text(encoding="utf8")):
+        if not link.startswith("http"):
+            target = page.parent / link if link else page
+            assert target.exists(), link
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf8"), re.MULTILINE) if anchor else []
+            names = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in names, (link, anchor)

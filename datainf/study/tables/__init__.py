@@ -14,6 +14,7 @@ from datainf.study.tables.summaries import (
     lds_over,
     lds_over_seeds,
     leaderboard,
+    leaderboard_in_short,
     to_markdown,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "lds_over",
     "lds_over_seeds",
     "leaderboard",
+    "leaderboard_in_short",
     "ours_beside_paper",
     "to_markdown",
 ]

@@ -9,7 +9,7 @@ from pandas.io.formats.style import Styler
 
 from datainf.evaluation import counterfactual
 from datainf.evaluation.paired import confidence_interval
-from datainf.study.plotting import label
+from datainf.study.plotting import BASELINES, label
 
 
 def mean_and_interval(values: pd.Series) -> str:
@@ -111,6 +111,30 @@ def leaderboard(lds: pd.DataFrame) -> pd.DataFrame:
     ceilings = means.groupby(CELL, sort=False)["ceiling"].mean()
     table.loc["a perfect predictor"] = ["1" if pd.isna(value) else f"{value:.2f}" for value in ceilings[table.columns]]
     return _flat(table)
+
+
+IN_SHORT = ["exact@training", "generalized_fisher@1", "exact", "lissa_scaled", "datainf", "hessian_free"]
+WITHOUT_GRADIENTS = [name for name in BASELINES if name not in ("gradient_cosine", "self_influence")]
+
+
+def leaderboard_in_short(lds: pd.DataFrame, design: str = "half left out, fresh batches") -> pd.DataFrame:
+    """Of `lds_over_seeds` what the README shows: a column per task, of one design and of the rank that has the most
+    seeds; a perfect predictor, the methods that are recommended and the paper's, and the best without gradients."""
+    some = lds[lds["design"] == design].sort_values("seeds", ascending=False, kind="stable")
+    some = some[some["rank"] == some.groupby("dataset")["rank"].transform("first")]
+    table = {}
+    for dataset, task in some.groupby("dataset"):
+        task, seeds = task.set_index("method"), task["seeds"].max()
+        highest = task.loc[task.index.isin(IN_SHORT), "lds"].max()
+        column = {"*a perfect predictor*": f"*{task['ceiling'].mean():.2f}*"}
+        for method, row in task.reindex(IN_SHORT).dropna(subset="lds").iterrows():
+            value = f"{row['lds']:.2f}"
+            value = f"**{value}**" if value == f"{highest:.2f}" else value
+            column[label(method)] = f"{value} [{row['low']:.2f}, {row['high']:.2f}]"
+        best = task["lds"].reindex(WITHOUT_GRADIENTS).idxmax()
+        column["the best without gradients"] = f"{task.loc[best, 'lds']:.2f}, {label(best)}"
+        table[f"{dataset} ({seeds} seed{'s' if seeds > 1 else ''})"] = column
+    return pd.DataFrame(table).rename_axis("LDS")
 
 
 def mean_and_error(values: pd.Series) -> str:
