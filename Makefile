@@ -56,9 +56,10 @@ publish: $(VENV)/installed
 	@echo "Copying results/$(SCALE)/ to results/published/$(SCALE)/."
 	@$(BIN)/python -m datainf.study.publish $(SCALE)
 
+# Offline: where a test names what is not there, the hub would be waited for.
 test: $(VENV)/installed
 	@echo "Running the tests."
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 lab: $(VENV)/installed
 	@echo "Opening JupyterLab on notebooks/; start with 00_influence_functions.ipynb."

@@ -5,6 +5,7 @@ import pytest
 from running import assert_refused, execute
 
 from datainf.evaluation.retraining import Bank
+from datainf.study import ground_truth
 
 NAME = "70_ground_truth"
 FEW = {
@@ -63,7 +64,7 @@ def test_a_task_of_each_family(family, tmp_path):
         assert "cleanlab_cross_validated" in set(record["method"])
         # The bank that was made is taken instead of retraining.
         again = given | FAMILIES[family] | {"bank": str(tmp_path / "banks" / output.with_suffix(".parquet").name)}
-        again["cache"] = str(tmp_path / "elsewhere")
+        again |= {"cache": str(tmp_path / "elsewhere"), "members": 1}
         execute(NAME, tmp_path, **(again | {"output": str(tmp_path / "again" / "runs" / "it.csv")}))
         other = pd.read_csv(tmp_path / "again" / "runs" / "it.csv")
         pd.testing.assert_series_equal(other["lds"], record["lds"])
@@ -71,10 +72,9 @@ def test_a_task_of_each_family(family, tmp_path):
         assert not list((tmp_path / "elsewhere").glob("*/retrainings/*"))
         assert_refused("InputError: The bank is of another", NAME, tmp_path, **(again | {"epochs": 2}))
         # Of a folder of banks that which is of this task is taken.
-        banks = {"bank": str(tmp_path / "banks")}
-        execute(NAME, tmp_path, **(again | banks | {"cache": str(tmp_path / "third")}))
-        assert not list((tmp_path / "third").glob("*/retrainings/*"))
-        assert_refused("is of another recipe", NAME, tmp_path, **(again | banks | {"epochs": 2}))
+        banks = str(tmp_path / "banks")
+        assert len(ground_truth.known_bank(banks, bank.about)) == len(bank)
+        assert_refused("is of another recipe", NAME, tmp_path, **(again | {"bank": banks, "epochs": 2}))
 
 
 @pytest.mark.parametrize(

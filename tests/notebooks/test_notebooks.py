@@ -15,9 +15,10 @@ SMALLEST_TEXT = {"task": "math_without_reasoning", "n_train": 4, "n_test": 2, "e
 IMAGES = "image_identification-demo-style-r1-s0.csv"
 SMALLEST_IMAGES = {"n_train": 3, "n_test": 2, "size": 16, "steps": 5, "batch_size": 4, "timesteps": [225, 725]}
 TRUTH = "ground_truth-demo-reviews-r2-s0.csv"
+HESSIANS = TRUTH.replace("ground_truth", "which_hessian")
 SMALLEST_TRUTH = {
     **{"n_train": 20, "n_query": 8, "epochs": 1, "rank": 2, "repeats": 4, "folds": 0, "members": 1, "top_shares": []},
-    **{"halves": 10, "removals": 0, "halves_in_same": 0, "removals_in_same": 0},
+    **{"halves": 10, "removals": 0, "halves_in_same": 20, "removals_in_same": 0},
 }
 SMALLEST = {"n_train": 40, "n_validation": 20, "epochs": 1, "dataset": "demo-reviews"}
 
@@ -40,10 +41,10 @@ def sweep(tmp_path_factory, diffusion_base):
     execute("40_image_identification", folder, **given, inference_steps=2, stability=1, figures=figures)
     output = folder / "results" / "tiny" / "runs" / TRUTH
     execute("70_ground_truth", folder, **SMALLEST_TRUTH, cache=str(folder / "truth"), output=str(output))
-    output = folder / "results" / "tiny" / "runs" / TRUTH.replace("ground_truth", "which_hessian")
+    output = folder / "results" / "tiny" / "runs" / HESSIANS
     few = {name: value for name, value in SMALLEST_TRUTH.items() if name not in ("folds", "members", "top_shares")}
-    few |= {"dampings": [0.1, 10], "unrolled_queries": -1, "cache": str(folder / "truth"), "output": str(output)}
-    execute("71_which_hessian", folder, **few)
+    few |= {"dampings": [0.1, 10], "unrolled_queries": 1, "weighted_examples": 1}
+    execute("71_which_hessian", folder, **few, cache=str(folder / "truth"), output=str(output))
     execute("90_figures_and_tables", folder, folder=str(folder / "results" / "tiny"), save=True)
     return folder
 
@@ -97,6 +98,15 @@ def test_record_of_pictures(sweep):
     assert (record[["frechet", "frechet_base"]] >= 0).all(axis=None)
     assert (record["frechet_features"] == "autoencoder").all() and (record["model"] == "tiny-diffusion").all()
     assert record["epochs"].unique() == pytest.approx(5 / 3, rel=1e-4)  # nine pictures in batches of four
+
+
+def test_record_of_which_hessian(sweep):
+    record = pd.read_csv(sweep / "results" / "tiny" / "runs" / HESSIANS)
+    assert not record.duplicated(["design", "method"]).any()
+    assert {"ekfac@0.1", "exact@0.1, true Fisher", "exact@1, lora_A", "datainf+ranks"} <= set(record["method"])
+    assert record["auc"].dropna().between(0, 1).all()
+    of_unrolling = record[record["method"] == "unrolled"].iloc[0]
+    assert of_unrolling["lds_of_mean"] > 0.3 and of_unrolling["smoothness"] <= 1
 
 
 def test_figures_and_tables_are_there(sweep):

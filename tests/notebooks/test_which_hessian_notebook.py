@@ -7,10 +7,9 @@ from running import assert_refused, execute
 NAME = "71_which_hessian"
 FEW = {
     **{"halves": 10, "removals": 0, "halves_in_same": 10, "removals_in_same": 0, "repeats": 0, "rank": 2},
-    **{"dampings": [0.1, 10], "unrolled_queries": 1, "weighted_examples": 1},
+    "dampings": [0.1, 10],
 }
-FAMILIES = {
-    "classification": {"dataset": "demo-reviews", "n_train": 20, "n_query": 8, "epochs": 1, "halves_in_same": 20},
+FAMILIES = {  # a classifier's run is in test_notebooks
     "text": {
         **{"model": "demo-llama", "dataset": "math_without_reasoning", "n_train": 2, "n_query": 1, "epochs": 1},
         **{"noise": 0.0, "learning_rate": 0.01, "unrolled_queries": 0, "weighted_examples": 0},
@@ -36,9 +35,6 @@ def test_a_task_of_each_family(family, tmp_path):
     assert ("exact@0.1, true Fisher" in methods) == (family != "images")
     assert ("unrolled" in methods) == (family != "images")
     assert record["lds"].dropna().between(-1, 1).all()
-    if family == "classification":
-        of_unrolling = record[record["method"] == "unrolled"].iloc[0]
-        assert of_unrolling["lds_of_mean"] > 0.3 and of_unrolling["smoothness"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -49,4 +45,4 @@ def test_a_task_of_each_family(family, tmp_path):
     ],
 )
 def test_what_does_not_fit_ends_in_one_sentence(given, sentence, tmp_path):
-    assert_refused(sentence, NAME, tmp_path, **(FEW | FAMILIES["classification"] | given))
+    assert_refused(sentence, NAME, tmp_path, **(FEW | {"dataset": "demo-reviews"} | given))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from datainf.data import glue
 from datainf.demo import BASES
+from datainf.study.audit.__main__ import main
 from datainf.study.provenance import ROOT
 
 NAME = "80_your_adapter"
@@ -90,7 +92,7 @@ def test_what_does_not_fit_ends_in_one_sentence(files, given, sentence, tmp_path
     assert_refused(sentence, NAME, tmp_path, **(files | given))
 
 
-def test_make_audit_says_what_is_missing():
+def test_make_audit_says_what_is_missing(monkeypatch):
     for environment, sentence in (
         ({"ADAPTER": "x"}, "Name TRAIN and QUERIES: make audit ADAPTER=folder"),
         (
@@ -98,11 +100,7 @@ def test_make_audit_says_what_is_missing():
             "AUDIT names 'speed', which is no parameter",
         ),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "datainf.study.audit"],
-            env=os.environ | environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1 and sentence in done.stderr
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match=re.escape(sentence)):
+            main()
