@@ -65,9 +65,17 @@ def settings(experiment, dataset):
 
 
 def grids(experiment):
-    """The grids of an experiment: every combination within each of them is one run."""
+    """The grids of an experiment: every combination within each of them is one run, with the grid's own `parameters`."""
     grid = section(experiment)["grid"]
     return grid if isinstance(grid, list) else [grid]
+
+
+def own_parameters(experiment, dataset, rank, seed):
+    """Those of the grid that a run is in."""
+    for grid in grids(experiment):
+        if dataset in grid[sweep.DATASET[section_of(experiment)]] and rank in grid["rank"] and seed in grid["seed"]:
+            return grid.get("parameters", {})
+    return {}
 
 
 def run_parameters(wildcards):
@@ -75,7 +83,8 @@ def run_parameters(wildcards):
     one = {"rank": int(wildcards.rank), "seed": int(wildcards.seed)}
     if wildcards.experiment == "image_identification" and wildcards.seed == "0":  # one seed's pictures are kept
         one["figures"] = f"{RESULTS}/figures"
-    given = settings(wildcards.experiment, wildcards.dataset) | one
+    own = own_parameters(wildcards.experiment, wildcards.dataset, one["rank"], one["seed"])
+    given = settings(wildcards.experiment, wildcards.dataset) | own | one
     return {name: value for name, value in given.items() if name in parameters_of(notebook(wildcards.experiment))}
 
 
@@ -96,8 +105,9 @@ try:
     for experiment in sweep.EXPERIMENTS:
         own, name = section(experiment), sweep.DATASET[section_of(experiment)]
         sharing = [notebook(each) for each in sweep.EXPERIMENTS if section_of(each) == section_of(experiment)]
-        refuse_unknown(sharing, set().union(own["parameters"], *grids(experiment), *own["by_dataset"].values()))
+        refuse_unknown(sharing, set().union(own["parameters"], *own["by_dataset"].values()))
         for grid in grids(experiment):
+            refuse_unknown(sharing, (grid.keys() - {"parameters"}) | grid.get("parameters", {}).keys())
             for dataset in grid[name]:
                 settings(experiment, dataset)
 except InputError as error:

@@ -38,8 +38,8 @@ def runs(config: str) -> int:
         grids = whole.get(section, {"grid": []})["grid"]
         for grid in grids if isinstance(grids, list) else [grids]:
             count = 1
-            for values in grid.values():
-                count *= len(values)
+            for name in grid.keys() - {"parameters"}:
+                count *= len(grid[name])
             total += count
     return total
 
@@ -115,7 +115,11 @@ def test_values_reach_the_notebook_as_they_were_written_and_another_model_is_not
     shutil.copytree(study / "datainf" / "demo" / "base", model)
     small = {"n_train": 20, "n_validation": 10, "epochs": 1, "layers": "", "methods": ["hessian_free"]}
     config = yaml.safe_load((study / "config" / "demo.yaml").read_text(encoding="utf8")) | {"scale": "tiny"}
-    config["classification"]["parameters"] = {"model": "demo-roberta"} | small
+    own = {"methods": small["methods"], "layers": ""}
+    config["classification"] |= {
+        "parameters": {"model": "demo-roberta"} | small | {"methods": ["exact"]},
+        "grid": [{"dataset": ["demo-reviews"], "rank": [1], "seed": [0], "parameters": own}],
+    }
     (study / "config" / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf8")
     target = "results/tiny/runs/approximation_error-demo-reviews-r1-s0.csv"
 
