@@ -44,13 +44,15 @@ class Order:
 
     Attributes:
         cells: by cell: mean, low, high (95% over seeds) and verdict.
-        mean, low, high: of the mean over cells, over the seeds that have all cells.
+        judged: how many of the cells the rest is of: those with the most seeds.
+        mean, low, high: of the mean over those cells, over the seeds that have all of them.
         verdict: `HOLDS`, `FAILS` or `UNRESOLVED`, of that.
         detectable: the difference from `least` that would have been resolved with `POWER`, had it been there.
         seeds: how many.
     """
 
     cells: pd.DataFrame
+    judged: int
     mean: float
     low: float
     high: float
@@ -63,8 +65,9 @@ class Order:
         if np.isnan(self.low):
             return f"{said}; one seed"
         held, failed = ((self.cells["verdict"] == verdict).sum() for verdict in (HOLDS, FAILS))
+        some = "" if self.judged == len(self.cells) else f" over {self.judged} of them, which have {self.seeds} seeds"
         mean = f"mean {self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-        return f"{said} (resolved in {held}, against it in {failed}); {mean}"
+        return f"{said} (resolved in {held}, against it in {failed}); {mean}{some}"
 
 
 def order(differences: pd.Series, *, least: float = 0.0) -> Order:
@@ -78,11 +81,14 @@ def order(differences: pd.Series, *, least: float = 0.0) -> Order:
     cells = by_cell.mean().to_frame("mean").assign(least=least)
     cells[["low", "high"]] = limits
     cells["verdict"] = [_verdict(low, high, least) for low, high in limits]
-    of_seeds = differences.unstack(list(range(differences.index.nlevels - 1))).dropna().mean(axis=1)
+    of_runs = differences.unstack(list(range(differences.index.nlevels - 1)))
+    judged = of_runs.loc[:, of_runs.count() == of_runs.count().max()].dropna()
+    of_seeds = judged.mean(axis=1)
     low, high = confidence_interval(of_seeds)
     freedom = len(of_seeds) - 1
     detectable = stats.sem(of_seeds) * stats.t.ppf([0.975, POWER], freedom).sum() if freedom > 0 else float("nan")
-    return Order(cells, by_cell.mean().mean(), low, high, _verdict(low, high, least), float(detectable), len(of_seeds))
+    verdict, mean = _verdict(low, high, least), float(of_seeds.mean())
+    return Order(cells, judged.shape[1], mean, low, high, verdict, float(detectable), len(of_seeds))
 
 
 def _verdict(low: float, high: float, least: float) -> str:

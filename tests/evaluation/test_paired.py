@@ -68,3 +68,12 @@ def test_one_seed_resolves_nothing(runs):
     found = paired.order(paired.differences(runs[runs["seed"] == 0], "auc", "datainf", "exact"))
     assert found.verdict == paired.UNRESOLVED and np.isnan(found.low) and np.isnan(found.detectable)
     assert str(found).endswith("; one seed")
+
+
+def test_a_cell_with_fewer_seeds_is_counted_but_not_judged(runs):
+    alone = runs[runs["seed"] == 0].assign(rank=8)
+    found = paired.order(paired.differences(pd.concat([runs, alone]), "auc", "datainf", "exact"))
+    expected = paired.order(paired.differences(runs, "auc", "datainf", "exact"))
+    assert (len(found.cells), found.judged, found.seeds) == (4, 2, SEEDS)
+    assert (found.mean, found.low, found.high) == (expected.mean, expected.low, expected.high)
+    assert str(found).endswith(f"over 2 of them, which have {SEEDS} seeds")
