@@ -24,10 +24,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # takes three times as long when they are compiled anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help plan reproduce verify replay audit publish test lab notebooks clean
+.PHONY: help plan reproduce verify replay audit publish test students lab notebooks clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: make test, make lab, make notebooks, make clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: make test, make students, make lab, make notebooks, make clean"
 
 plan: $(VENV)/installed
 	@$(SWEEP) --dry-run
@@ -60,6 +60,10 @@ publish: $(VENV)/installed
 test: $(VENV)/installed
 	@echo "Running the tests."
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+
+students: $(VENV)/installed
+	@echo "Writing the lessons without outputs and solutions into students/."
+	@$(BIN)/python -m datainf.study.students
 
 lab: $(VENV)/installed
 	@echo "Opening JupyterLab on notebooks/; start with 00_influence_functions.ipynb."

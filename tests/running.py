@@ -47,16 +47,22 @@ def assert_refused(sentence: str, name: str, into: Path, **given) -> None:
         given |= {"cache": str(into / "cache")}
     notebook = parameterize_notebook(load_notebook_node(path), given)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    # A kernel would import everything anew for each of many refusals; of this server a copy takes no time.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["running", "datainf.study.ground_truth", "datainf.study.explorer"])
-    with ProcessPoolExecutor(1, mp_context=context) as copy:
-        shown = copy.submit(error_of, cells).result()
+    shown = error_of(cells)
     assert sentence in shown and "\n" not in shown.strip()
 
 
 def error_of(cells: Sequence[str]) -> str:
-    """What a notebook shows of the error that its code ends with; nothing if there is none."""
+    """What a notebook shows of the error that its code ends with; nothing if there is none.
+
+    A kernel would import everything anew for each of many refusals; of this server a copy takes no time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["running", "datainf.study.ground_truth", "datainf.study.explorer"])
+    with ProcessPoolExecutor(1, mp_context=context) as copy:
+        return copy.submit(_error_here, cells).result()
+
+
+def _error_here(cells: Sequence[str]) -> str:
     os.chdir(ROOT)
     shell, shown = InteractiveShell.instance(), []
     shell._showtraceback = lambda kind, error, lines: shown.append("\n".join(lines))

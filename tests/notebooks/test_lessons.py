@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from running import NOTEBOOKS, assert_refused, execute_with_solutions
+from running import NOTEBOOKS, assert_refused, error_of, execute_with_solutions
 
 from datainf import progress, scaling
-from datainf.study import plotting
+from datainf.study import plotting, students
 from datainf.study.provenance import ROOT
 
 TABLES = ROOT / "results" / "published" / "demo" / "tables"
@@ -68,6 +68,23 @@ def test_lessons_say_goals_exercises_and_what_comes_next():
         prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
         assert "## Goals" in prose[0] and "**Takes**" in prose[0]
         assert "## Exercises" in prose[-1] and prose[-1].count("<details>") == 3 and "**Next:**" in prose[-1]
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_students_edition_has_a_cell_for_each_solution(name, tmp_path):
+    students.main(tmp_path)
+    notebook = nbformat.read(tmp_path / f"{name}.ipynb", 4)
+    nbformat.validate(notebook)
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert text.count("NotImplementedError") == 3 and "<details>" not in text and "**Next:**" in text
+    assert not [cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_the_students_edition_runs_up_to_the_first_exercise(tmp_path):
+    students.main(tmp_path)
+    notebook = nbformat.read(tmp_path / "00_influence_functions.ipynb", 4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert "Exercise 1: write your answer in this cell" in error_of(cells)
 
 
 def test_published_leave_one_out_agrees_with_the_influence_function():
