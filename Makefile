@@ -15,7 +15,10 @@ CORES   ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
-SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
+# On a cluster what SLURM says, such as slurm_account=mine slurm_partition=gpu; else one job for each GPU.
+GPUS    ?= 1
+PLACE   := $(if $(PROFILE),--profile $(PROFILE) $(if $(SLURM),--default-resources $(SLURM)),--cores $(CORES) --resources gpu=$(GPUS))
+SWEEP   := $(BIN)/snakemake --configfile config/$(SCALE).yaml $(PLACE) \
            --rerun-incomplete --keep-going --nolock --quiet rules host reason
 # Folders that stand in for hub ids. The Snakefile finds them in the environment, where they are as they were written.
 export MODEL DATA TEXT_MODEL IMAGE_MODEL IMAGES RECORD ADAPTER TRAIN QUERIES OUT AUDIT

@@ -29,6 +29,7 @@ RESULTS = f"results/{SCALE}"
 LESSON_ROOMS = {"table1_complexity": ()}
 TIMED = {"table1_complexity", "memory_budget"}  # nothing else runs beside these
 ALL_CORES = workflow.resource_settings.cores or 4  # on a cluster there is no total: what a job of it asks for
+JOB = {"runtime": 60, "mem_mb": 4000, "gpu": 0} | config.get("job", {})
 FIGURES = "notebooks/90_figures_and_tables.ipynb"
 
 
@@ -68,6 +69,20 @@ def grids(experiment):
     """The grids of an experiment: every combination within each of them is one run, with the grid's own `parameters`."""
     grid = section(experiment)["grid"]
     return grid if isinstance(grid, list) else [grid]
+
+
+def asked(resource):
+    """What a job asks of a cluster: minutes, megabytes, GPUs; of its section's `job` or the configuration's. One that a
+    limit has ended is begun again with twice as much, then with three times; it takes up what it had done."""
+
+    def amount(wildcards, attempt):
+        own = section(wildcards.experiment).get("job", {}) if wildcards.get("experiment") else {}
+        return (JOB | own)[resource] * (1 if resource == "gpu" else attempt)
+
+    return amount
+
+
+RESOURCES = {resource: asked(resource) for resource in JOB}
 
 
 def own_parameters(experiment, dataset, rank, seed):
@@ -192,6 +207,8 @@ rule run:
         code=lambda wildcards: code_hash(notebook(wildcards.experiment)),
         # Of the wildcards alone: Snakemake compares no parameter with the one of before that is derived from the output.
         yaml=lambda wildcards: sweep.one_line(run_parameters(wildcards) | {"output": RECORD.format(**wildcards)}),
+    resources:
+        **RESOURCES,
     shell:
         PAPERMILL
 
@@ -206,6 +223,8 @@ rule retrain:
     params:
         code=lambda wildcards: code_hash(notebook(wildcards.experiment)),
         yaml=lambda wildcards: sweep.one_line(run_parameters(wildcards)),
+    resources:
+        **RESOURCES,
     shell:
         """
         OMP_NUM_THREADS={threads} {PYTHON:q} -m datainf.study.ground_truth {params.yaml:q} --part {wildcards.part} \
@@ -225,6 +244,8 @@ rule lesson:
         code=lambda wildcards: lesson_code(wildcards.lesson),
         yaml=lambda wildcards: sweep.one_line(lessons[wildcards.lesson] | {"folder": RESULTS}),
     threads: lambda wildcards: ALL_CORES if wildcards.lesson in TIMED else 1
+    resources:
+        **RESOURCES,
     shell:
         PAPERMILL
 

@@ -1,5 +1,6 @@
 """The sweep: it plans every run, hands values on as they were written, and sees when something else is asked for."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -8,10 +9,12 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import yaml
 from running import execute
+from scripts import slurm
 
 from datainf.errors import InputError
 from datainf.study import ground_truth, parameters, publish, replay, results, sweep
@@ -47,7 +50,10 @@ def runs(config: str) -> int:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     """A copy of the study in a folder whose name a shell would take apart; what is published is in it."""
-    folder = tmp_path_factory.mktemp("copies") / "it's my $tudy"
+    return copied(tmp_path_factory.mktemp("copies") / "it's my $tudy")
+
+
+def copied(folder: Path) -> Path:
     without = shutil.ignore_patterns("__pycache__", ".snakemake", "*.egg-info")
     for name in ("datainf", "notebooks", "config", "results/published"):
         shutil.copytree(ROOT / name, folder / name, ignore=without)
@@ -203,3 +209,36 @@ def test_only_finished_sweeps_of_committed_code_are_published(tmp_path):
     record.write_text("method,commit\nexact,0123456789ab\n")
     publish.publish(tmp_path / "demo", tmp_path / "published", [])
     assert (tmp_path / "published" / "runs" / "a.csv").is_file()
+
+
+@pytest.mark.skipif(
+    not (slurm.is_installed() and importlib.util.find_spec("snakemake_executor_plugin_slurm")),
+    reason="needs Slurm on this machine (slurm-wlm, munge, root) and the extra 'slurm'",
+)
+def test_a_cluster_makes_the_records_that_one_machine_makes(tmp_path):
+    """Also of a job that its limit ends on the way: it is begun again with more, and takes up what it had done."""
+    study = copied(tmp_path / "my study")  # Snakemake itself cannot start a job in a folder with a dollar
+    whole = yaml.safe_load((study / "config" / "demo.yaml").read_text(encoding="utf8"))
+    small = {"n_train": 20, "n_query": 8, "epochs": 1, "halves": 10, "removals": 0, "removals_in_same": 0, "repeats": 4}
+    small |= {"family": "classification", "folds": 0, "members": 1, "top_shares": [], "methods": ["datainf"]}
+    # So many retrainings that a minute is too little for them.
+    slow = {"runtime": 1, "mem_mb": 2000, "gpu": 0}
+    target = "results/{}/runs/ground_truth-demo-reviews-r2-s0.csv"
+    for scale, more in (("alone", {}), ("cluster", {"jobs": 1, "job": slow})):
+        section = {"parameters": small | {"halves_in_same": 400, "cache": f"cache/{scale}"}}
+        section["grid"] = {"dataset": ["demo-reviews"], "rank": [2], "seed": [0]}
+        config = {"scale": scale, "ground_truth": section | more}
+        (study / "config" / f"{scale}.yaml").write_text(yaml.safe_dump(whole | config), encoding="utf8")
+    status, printed = snakemake(target.format("alone"), config="alone", cwd=study)
+    assert status == 0, printed
+    with slurm.cluster() as environment:
+        profile = ["--profile", "config/slurm", "--slurm-no-account", "--slurm-status-command", "squeue"]
+        profile += ["--latency-wait", "5"]
+        status, printed = snakemake(target.format("cluster"), *profile, config="cluster", cwd=study, **environment)
+        asked = ["squeue", "--states=all", "--noheader", "--format=%T"]
+        states = subprocess.run(asked, env=environment, capture_output=True, text=True).stdout.split()
+    assert status == 0, printed
+    assert "TIMEOUT" in states and "COMPLETED" in states, states
+    one, other = (pd.read_csv(study / target.format(scale)) for scale in ("alone", "cluster"))
+    numbers = ["method", "design", "lds", "low", "high", "ceiling", "auc"]
+    pd.testing.assert_frame_equal(one[numbers], other[numbers])
