@@ -1,5 +1,8 @@
 """A Slurm cluster of one node, this machine, for as long as it is wanted: Debian's slurm-wlm and munge, as root.
 
+Its configuration is in /etc/slurm, since what Snakemake starts does not look elsewhere; where there is one, nothing is
+touched.
+
 ``python tests/scripts/slurm.py COMMAND ...`` runs a command beside it.
 """
 
@@ -15,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
+PLACE = Path("/etc/slurm/slurm.conf")
 CONFIGURATION = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
@@ -43,7 +47,8 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def is_installed() -> bool:
-    return os.geteuid() == 0 and all(shutil.which(name, path=_path()) for name in NEEDED)
+    there = all(shutil.which(name, path=_path()) for name in NEEDED)
+    return there and os.geteuid() == 0 and not PLACE.exists()
 
 
 @contextmanager
@@ -58,10 +63,12 @@ def cluster() -> Iterator[dict[str, str]]:
             **{"controller": _free_port(), "node": _free_port()},
             "megabytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
         }
-        (here / "slurm.conf").write_text(CONFIGURATION.format(**settings))
+        PLACE.parent.mkdir(exist_ok=True)
+        PLACE.write_text(CONFIGURATION.format(**settings))
+        stack.callback(PLACE.unlink)
         (here / "key").write_bytes(os.urandom(128))
         (here / "key").chmod(0o400)
-        environment = os.environ | {"SLURM_CONF": str(here / "slurm.conf"), "PATH": _path()}
+        environment = os.environ | {"PATH": _path()}
         for name in ("pid", "log", "seed"):
             (here / f"munge.{name}").touch()
         munged = [f"--{name}-file={here}/munge.{name}" for name in ("pid", "log", "seed")]

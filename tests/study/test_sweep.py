@@ -233,7 +233,8 @@ def test_a_cluster_makes_the_records_that_one_machine_makes(tmp_path):
     assert status == 0, printed
     with slurm.cluster() as environment:
         profile = ["--profile", "config/slurm", "--slurm-no-account", "--slurm-status-command", "squeue"]
-        profile += ["--latency-wait", "5"]
+        profile += ["--latency-wait", "5", "--seconds-between-status-checks", "5"]
+        profile += ["--slurm-init-seconds-before-status-checks", "5"]
         status, printed = snakemake(target.format("cluster"), *profile, config="cluster", cwd=study, **environment)
         asked = ["squeue", "--states=all", "--noheader", "--format=%T"]
         states = subprocess.run(asked, env=environment, capture_output=True, text=True).stdout.split()
