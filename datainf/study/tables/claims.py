@@ -225,6 +225,8 @@ def _ground_truth_rows(truth: pd.DataFrame, paper: pd.Series) -> list[Claim]:
         ("datainf", "exact"),
         ("exact@1", "datainf"),
         ("exact@training", "datainf"),
+        ("generalized_fisher@1", "datainf"),
+        ("exact@training", "exact"),
         ("datainf", "gradient_cosine"),
     )
     return [
@@ -294,7 +296,13 @@ def _of_ranks(runs: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def _per_dataset(values: pd.Series) -> str:
-    return ", ".join(f"{value:.2f} ({dataset})" for (dataset, _), value in values.items())
+    """By dataset, and by rank where there are several of one dataset."""
+    several = values.index.get_level_values(0).duplicated(keep=False)
+    names = [
+        f"{dataset}, rank {rank}" if many else dataset
+        for (dataset, rank), many in zip(values.index, several, strict=True)
+    ]
+    return ", ".join(f"{value:.2f} ({name})" for name, value in zip(names, values, strict=True))
 
 
 _NAMES = {
