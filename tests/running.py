@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -26,6 +26,12 @@ def execute(name: str, into: Path, **given) -> None:
     papermill.execute_notebook(NOTEBOOKS / path, into / path, given, cwd=ROOT, progress_bar=False)
 
 
+def run(name: str, **given) -> None:
+    """As `execute`, without a kernel, which would import everything anew, and without the executed notebook."""
+    shown = error_of(_code(name, given))
+    assert not shown, shown
+
+
 def execute_with_solutions(name: str, into: Path, **given) -> int:
     """Run a notebook and then, in the same kernel, the code of its exercises' folded solutions; how many there are."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
@@ -42,19 +48,22 @@ def execute_with_solutions(name: str, into: Path, **given) -> int:
 
 def assert_refused(sentence: str, name: str, into: Path, **given) -> None:
     """The notebook ends with one sentence, in which this one is, and no traceback around it."""
-    path = str(NOTEBOOKS / f"{name}.ipynb")
-    if "cache" in papermill.inspect_notebook(path):
+    if "cache" in papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb")):
         given |= {"cache": str(into / "cache")}
-    notebook = parameterize_notebook(load_notebook_node(path), given)
-    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    shown = error_of(cells)
+    shown = error_of(_code(name, given))
     assert sentence in shown and "\n" not in shown.strip()
+
+
+def _code(name: str, given: Mapping[str, object]) -> list[str]:
+    """A notebook's code, cell by cell, with these parameters."""
+    notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb")), given)
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def error_of(cells: Sequence[str]) -> str:
     """What a notebook shows of the error that its code ends with; nothing if there is none.
 
-    A kernel would import everything anew for each of many refusals; of this server a copy takes no time.
+    A copy of a server runs it, which has imported everything already.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["running", "datainf.study.ground_truth", "datainf.study.explorer"])

@@ -1,4 +1,4 @@
-"""A minute of random models and batches, always the same ones unless DATAINF_FUZZ_SEED is given.
+"""Half a minute of random models and batches, always the same ones unless DATAINF_FUZZ_SEED is given.
 
 ``python -m tests.gradients.fuzz`` takes as long, and from whatever seed, as is asked for.
 """
@@ -9,7 +9,7 @@ import pytest
 
 from tests.gradients.fuzz import fuzz, outcome
 
-SECONDS = 60
+SECONDS = 30
 SIMPLE = {"mask": False, "adapter": None, "loss": "square", "share": 1.0}
 # Cases that were wrong once.
 FOUND = [

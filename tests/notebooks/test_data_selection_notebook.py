@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from running import assert_refused, execute
+from running import assert_refused, run
 
 from datainf.evaluation.retraining import Bank
 from datainf.study import plotting, tables
@@ -20,7 +20,7 @@ TEXT = {
 
 def test_a_task_with_flipped_labels(tmp_path):
     output = tmp_path / "runs" / "data_selection-it-r2-s0.csv"
-    execute(NAME, tmp_path, **FEW, cache=str(tmp_path / "cache"), output=str(output))
+    run(NAME, **FEW, cache=str(tmp_path / "cache"), output=str(output))
     record = pd.read_csv(output)
     keep, relabel = (record[record["design"] == design].set_index("method") for design in ("keep", "relabel"))
     assert set(keep.index) == {"datainf", "training_loss", "random", "oracle"}
@@ -44,7 +44,7 @@ def test_a_task_with_flipped_labels(tmp_path):
 
 def test_a_task_in_classes(tmp_path):
     output = tmp_path / "runs" / "data_selection-it-r2-s0.csv"
-    execute(NAME, tmp_path, **(FEW | TEXT), cache=str(tmp_path / "cache"), output=str(output))
+    run(NAME, **(FEW | TEXT), cache=str(tmp_path / "cache"), output=str(output))
     record = pd.read_csv(output)
     assert record.set_index("method")["groups_agreement"].notna().to_dict() == {
         "all": False,

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from running import assert_refused, execute
+from running import assert_refused, run
 
 from datainf.evaluation.retraining import Bank
 from datainf.study import ground_truth
@@ -47,7 +47,7 @@ FAMILIES = {
 def test_a_task_of_each_family(family, tmp_path):
     output = tmp_path / "runs" / "ground_truth-it-r2-s0.csv"
     given = FEW | {"family": family, "rank": 2, "cache": str(tmp_path / "cache"), "output": str(output)}
-    execute(NAME, tmp_path, **(given | FAMILIES[family]))
+    run(NAME, **(given | FAMILIES[family]))
     record = pd.read_csv(output)
     assert set(record["design"]) == {"half left out, fresh batches", "half left out, same batches"}
     assert {"datainf", "exact@10", "gradient_cosine", "training_loss", "random"} <= set(record["method"])
@@ -65,7 +65,7 @@ def test_a_task_of_each_family(family, tmp_path):
         # The bank that was made is taken instead of retraining.
         again = given | FAMILIES[family] | {"bank": str(tmp_path / "banks" / output.with_suffix(".parquet").name)}
         again |= {"cache": str(tmp_path / "elsewhere"), "members": 1}
-        execute(NAME, tmp_path, **(again | {"output": str(tmp_path / "again" / "runs" / "it.csv")}))
+        run(NAME, **(again | {"output": str(tmp_path / "again" / "runs" / "it.csv")}))
         other = pd.read_csv(tmp_path / "again" / "runs" / "it.csv")
         pd.testing.assert_series_equal(other["lds"], record["lds"])
         assert len(Bank.load(tmp_path / "again" / "banks" / "it.parquet")) == len(bank)

@@ -73,4 +73,4 @@ def test_the_image_notebook_of_a_scale_runs_on_a_pipeline_in_the_hubs_format(sca
     assert record["learning_rate"].unique().tolist() == [config["learning_rate"]]
     assert record["timesteps"].unique().tolist() == ["25+225+425+525+725+925"]
     executed = nbformat.read(tmp_path / f"{NAME}.ipynb", 4)
-    assert sum("image/png" in o.get("data", {}) for cell in executed.cells for o in cell.get("outputs", [])) == 8
+    assert sum("image/png" in o.get("data", {}) for cell in executed.cells for o in cell.get("outputs", [])) == 9

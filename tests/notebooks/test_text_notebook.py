@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from running import assert_refused, execute, of_scale
+from running import assert_refused, of_scale, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datainf import demo
@@ -36,7 +36,7 @@ def test_the_text_notebook_of_a_scale_runs_on_a_checkpoint_in_the_hubs_format(sc
     given = {"n_train": 3, "n_test": 1, "epochs": 1, "output": str(tmp_path / "run.csv"), "cache": str(tmp_path / "c")}
     if not torch.cuda.is_available():
         given["quantization"] = ""
-    execute(NAME, tmp_path, **(config | {"model": base} | given))
+    run(NAME, **(config | {"model": base} | given))
     record = pd.read_csv(tmp_path / "run.csv")
     assert set(record["loss"]) == {"completion", "as_published"} and record["model"].unique().tolist() == ["base"]
     assert record["learning_rate"].unique().tolist() == [config["learning_rate"]]

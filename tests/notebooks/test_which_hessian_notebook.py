@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from running import assert_refused, execute
+from running import assert_refused, run
 
 NAME = "71_which_hessian"
 FEW = {
@@ -25,7 +25,7 @@ FAMILIES = {  # a classifier's run is in test_notebooks
 def test_a_task_of_each_family(family, tmp_path):
     output = tmp_path / "runs" / "which_hessian-it-r2-s0.csv"
     given = FEW | {"family": family, "cache": str(tmp_path / "cache"), "output": str(output)} | FAMILIES[family]
-    execute(NAME, tmp_path, **given)
+    run(NAME, **given)
     record = pd.read_csv(output)
     assert not record.duplicated(["design", "method"]).any()
     assert record[["curvature", "part", "aggregate"]].notna().all(axis=None)
