@@ -135,6 +135,7 @@ def test_figures_and_tables_are_there(sweep):
     assert "0.820 ± 0.005" in (here / "tables" / "table2_pictures.md").read_text()
     assert "a perfect predictor" in (here / "tables" / "leaderboard.md").read_text()
     assert "Hessian-free" in (here / "tables" / "lds_over_datainf.md").read_text()
+    assert {"AUC", "slope", "seconds"} < set(pd.read_csv(here / "tables" / "counterfactuals.csv"))
     neighbours = pd.read_csv(here / "tables" / "lds_neighbours.csv")
     assert len(neighbours) > 5 and (neighbours["seeds"] == "1 of 1")[neighbours["difference"] > 0].all()
     assert (

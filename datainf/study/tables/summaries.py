@@ -113,6 +113,32 @@ def leaderboard(lds: pd.DataFrame) -> pd.DataFrame:
     return _flat(table)
 
 
+def counterfactuals(truth: pd.DataFrame) -> pd.DataFrame:
+    """What else the ground truth says of every method: a row per dataset, rank and method, means over the seeds that
+    have it.
+
+    Returns:
+        ``QLD, 10%``: by how much the mean query's loss is higher without the 10% that the method holds for the most
+        helpful than without as many random examples, in nats; ``flips, 10%``: the share of queries whose answer changes
+        then, less that of the random ones; ``AUC``: of flipped labels; ``slope``: of the actual change of the loss
+        against the predicted; ``seconds`` of everything after the gradients.
+    """
+    found = truth.groupby(["dataset", "rank", "method"], sort=False).mean(numeric_only=True)
+    columns = {}
+    for name in sorted(found.columns[found.columns.str.startswith("qld_")]):
+        share = name.removeprefix("qld_")
+        columns[f"QLD, {int(share)}%"] = found[name].round(3)
+        if f"flips_{share}" in found:
+            flips = found[f"flips_{share}"] - found[f"flips_random_{share}"]
+            columns[f"flips, {int(share)}%"] = flips.round(3)
+    names = {"auc": "AUC", "slope": "slope", "seconds_influence": "seconds"}
+    columns |= {name: found[column] for column, name in names.items() if column in found}
+    table = pd.DataFrame(columns, index=found.index).round({"AUC": 2, "seconds": 2})
+    if "slope" in table:
+        table["slope"] = table["slope"].map("{:.2g}".format, na_action="ignore")
+    return table.rename(label, level="method")
+
+
 IN_SHORT = ["exact@training", "generalized_fisher@1", "exact", "lissa_scaled", "datainf", "hessian_free"]
 WITHOUT_GRADIENTS = [name for name in BASELINES if name not in ("gradient_cosine", "self_influence")]
 
