@@ -25,8 +25,9 @@ VOCABULARY, PAD = 60, 1
 
 @pytest.hookimpl(trylast=True)  # after they have been put in random order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks first: a long file that is begun last is waited for by all processes but one."""
-    items.sort(key=lambda item: "notebooks" not in item.path.parts)
+    """The long files first: one that is begun last is waited for by all processes but one."""
+    long = ("notebooks", "study", "benchmarks")
+    items.sort(key=lambda item: next((place for place, folder in enumerate(long) if folder in item.path.parts), 3))
 
 
 FAMILIES = {
