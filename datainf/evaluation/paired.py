@@ -63,7 +63,7 @@ class Order:
     def __str__(self) -> str:
         said = f"in {(self.cells['mean'] > self.cells['least']).sum()} of {len(self.cells)} cells"
         if np.isnan(self.low):
-            return f"{said}; one seed"
+            return f"{said}; mean {self.mean:.3f}, of one seed"
         held, failed = ((self.cells["verdict"] == verdict).sum() for verdict in (HOLDS, FAILS))
         some = "" if self.judged == len(self.cells) else f" over {self.judged} of them, which have {self.seeds} seeds"
         mean = f"mean {self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"

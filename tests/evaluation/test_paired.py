@@ -67,7 +67,7 @@ def test_what_could_have_been_resolved(runs):
 def test_one_seed_resolves_nothing(runs):
     found = paired.order(paired.differences(runs[runs["seed"] == 0], "auc", "datainf", "exact"))
     assert found.verdict == paired.UNRESOLVED and np.isnan(found.low) and np.isnan(found.detectable)
-    assert str(found).endswith("; one seed")
+    assert str(found).endswith(", of one seed")
 
 
 def test_a_cell_with_fewer_seeds_is_counted_but_not_judged(runs):

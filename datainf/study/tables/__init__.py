@@ -1,5 +1,6 @@
 """The study's tables: what the paper reports beside what was measured here."""
 
+from datainf.study.tables.answers import beside_published, first_of_two
 from datainf.study.tables.claims import claims_of, ours_beside_paper
 from datainf.study.tables.damping import damping_paths, dampings, hessian_record
 from datainf.study.tables.selection import data_selection, gains, group_agreement
@@ -21,6 +22,7 @@ from datainf.study.tables.summaries import (
 
 __all__ = [
     "accuracy_gained",
+    "beside_published",
     "by_dataset_and_rank",
     "claims_of",
     "class_detection",
@@ -30,6 +32,7 @@ __all__ = [
     "data_selection",
     "distance_gained",
     "fine_tuned",
+    "first_of_two",
     "gains",
     "group_agreement",
     "hessian_record",

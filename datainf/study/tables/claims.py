@@ -5,7 +5,6 @@ import pandas as pd
 
 from datainf.evaluation import paired
 from datainf.study.plotting import label
-from datainf.study.tables.selection import gains
 from datainf.study.tables.summaries import LOSSES, kind_of
 
 AS_WELL = 0.01  # of an AUC: by less than that a method may be below another and do about as well
@@ -67,6 +66,7 @@ def _approximation_rows(errors: pd.DataFrame, paper: pd.Series) -> list[Claim]:
             *NO_ORDER,
         )
         for method in ("datainf", "hessian_free", "lissa")
+        if method in correlation
     ]
     orders = {
         ("datainf", "hessian_free"): "always",
@@ -80,7 +80,9 @@ def _approximation_rows(errors: pd.DataFrame, paper: pd.Series) -> list[Claim]:
             claim = f"{_NAMES[one]} correlates more than {_NAMES[other]} ({metric.capitalize()})"
             said = said if metric == "pearson" else ""
             item = "Figure 1" if said else "not in the paper"
-            rows.append((item, claim, said, *_order(errors, metric, one, other)))
+            rows += _order((item, claim, said), errors, metric, one, other)
+    if errors["rank"].nunique() < 2:
+        return at_lowest_rank + rows
     datainf = errors[errors["method"] == "datainf"]
     falls = "DataInf's correlation is higher at the lowest rank than at the highest"
     learns = f"the lowest rank learns as well as the highest (accuracy, less {AS_ACCURATE})"
@@ -94,36 +96,35 @@ def _approximation_rows(errors: pd.DataFrame, paper: pd.Series) -> list[Claim]:
 def _mislabeled_rows(detection: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     """Detection of mislabeled examples, and its cost."""
     seconds = _cells(detection.assign(s=detection["seconds_ihvp"] + detection["seconds_scores"]), "s")
-    baselines = ("training_loss", "self_influence", "cleanlab", "cleanlab_cross_validated")
-    there = [name for name in baselines if name in set(detection["method"])]
-    return [
-        *(
-            ("Figures 2, 5", f"DataInf detects better than {_NAMES[other]} (AUC)", "always")
-            + _order(detection, "auc", "datainf", other)
-            for other in ("hessian_free", "lissa")
-        ),
-        (
-            "Figures 2, 5",
-            f"DataInf detects about as well as Exact, or better (AUC, less {AS_WELL})",
-            "always",
-            *_order(detection, "auc", "datainf", "exact", least=-AS_WELL),
-        ),
-        *(
-            (
-                "Figure 2",
-                f"seconds of {label(method)} over seconds of DataInf (ihvp and scores)",
-                f"{paper['Figure 2', 'mean of four', 4, method, 'times_datainf']:g}",
-                f"{(seconds[method] / seconds['datainf']).median():.1f} (median)",
-                *NO_ORDER,
-            )
-            for method in ("lissa", "exact")
-        ),
-        *(
-            ("not in the paper", f"DataInf detects better than {label(baseline)} (AUC)", "")
-            + _order(detection, "auc", "datainf", baseline)
-            for baseline in there
-        ),
+    of = ("Figures 2, 5", "always")
+    orders = [
+        (of, f"DataInf detects better than {_NAMES[other]} (AUC)", other, 0.0) for other in ("hessian_free", "lissa")
     ]
+    orders.append((of, f"DataInf detects about as well as Exact, or better (AUC, less {AS_WELL})", "exact", -AS_WELL))
+    costs = [
+        (
+            "Figure 2",
+            f"seconds of {label(method)} over seconds of DataInf (ihvp and scores)",
+            f"{paper['Figure 2', 'mean of four', 4, method, 'times_datainf']:g}",
+            f"{(seconds[method] / seconds['datainf']).median():.1f} (median)",
+            *NO_ORDER,
+        )
+        for method in ("lissa", "exact")
+        if {method, "datainf"} <= set(seconds)
+    ]
+    beyond = [
+        (("not in the paper", ""), f"DataInf detects better than {label(baseline)} (AUC)", baseline, 0.0)
+        for baseline in ("training_loss", "self_influence", "cleanlab", "cleanlab_cross_validated")
+    ]
+
+    def judged(rows: list) -> list[Claim]:
+        return [
+            row
+            for (item, said), claim, other, least in rows
+            for row in _order((item, claim, said), detection, "auc", "datainf", other, least=least)
+        ]
+
+    return judged(orders) + costs + judged(beyond)
 
 
 def _class_detection_rows(identification: pd.DataFrame, paper: pd.Series) -> list[Claim]:
@@ -150,17 +151,10 @@ def _class_detection_rows(identification: pd.DataFrame, paper: pd.Series) -> lis
                 for method in ("hessian_free", "datainf", "lissa", "lissa_scaled", "exact")
                 if method in means and (metric == "auc" or method in reported)
             ]
-            rows.append(
-                (
-                    "Table 2",
-                    f"DataInf's {name} is above Hessian-free's, gradients of {of}",
-                    "always",
-                    *_order(runs, metric, "datainf", "hessian_free"),
-                )
-            )
-        if "lissa_scaled" in set(runs["method"]):
-            says = f"LiSSA with a step size detects better than Hessian-free (AUC), gradients of {of}"
-            rows.append(("section 4.3", says, "no: it collapses", *_order(runs, "auc", "lissa_scaled", "hessian_free")))
+            above = f"DataInf's {name} is above Hessian-free's, gradients of {of}"
+            rows += _order(("Table 2", above, "always"), runs, metric, "datainf", "hessian_free")
+        better = f"LiSSA with a step size detects better than Hessian-free (AUC), gradients of {of}"
+        rows += _order(("section 4.3", better, "no: it collapses"), runs, "auc", "lissa_scaled", "hessian_free")
     similarities = {
         "prompt_similarity": "comparing the words of the prompts (TF-IDF)",
         "picture_similarity": "comparing the latents of the pictures (cosine)",
@@ -219,7 +213,7 @@ def _ground_truth_rows(truth: pd.DataFrame, paper: pd.Series) -> list[Claim]:
     """How well scores predict retraining, each cell being a task, a rank and a design."""
     cell = ("dataset", "rank", "design")
     lds = truth.pivot_table("lds", list(cell), "method", sort=False)
-    fresh = lds.xs("half left out, fresh batches", level="design", drop_level=True)
+    fresh = lds[lds.index.get_level_values("design") == "half left out, fresh batches"].droplevel("design")
     orders = (
         ("datainf", "hessian_free"),
         ("datainf", "exact"),
@@ -229,38 +223,45 @@ def _ground_truth_rows(truth: pd.DataFrame, paper: pd.Series) -> list[Claim]:
         ("exact@training", "exact"),
         ("datainf", "gradient_cosine"),
     )
-    return [
+    rows: list[Claim] = [
         (
             "not in the paper",
             f"LDS of {label(method)}, half left out, fresh batches",
             "",
-            _per_dataset(fresh[method]),
+            _per_dataset(fresh[method].dropna()),
             *NO_ORDER,
         )
         for method in ("hessian_free", "datainf", "exact", "exact@1", "exact@training", "gradient_cosine")
-        if method in fresh
-    ] + [
-        ("not in the paper", f"{label(better)} predicts retraining better than {label(worse)} (LDS)", "")
-        + _order(truth, "lds", better, worse, cell=cell)
-        for better, worse in orders
-        if {better, worse} <= set(lds)
+        if method in fresh and fresh[method].notna().any()
     ]
+    for better, worse in orders:
+        predicts = f"{label(better)} predicts retraining better than {label(worse)} (LDS)"
+        rows += _order(("not in the paper", predicts, ""), truth, "lds", better, worse, cell=cell)
+    detection = truth.dropna(subset="auc") if "auc" in truth else truth.iloc[:0]
+    for better, worse in (
+        ("datainf", "hessian_free"),
+        ("generalized_fisher@1", "datainf"),
+        ("exact@training", "datainf"),
+        ("datainf", "training_loss"),
+    ):
+        detects = f"{label(better)} detects the flips of these tasks better than {label(worse)} (AUC)"
+        rows += _order(("not in the paper", detects, ""), detection, "auc", better, worse)
+    return rows
 
 
 def _selection_rows(selections: pd.DataFrame, paper: pd.Series) -> list[Claim]:
-    """What data selection gains, each cell being a task, a rank and a share kept; resolved where the interval of the
-    paired differences over seeds excludes 0."""
-    found = gains(selections)
-    kept = found[(found["design"] == "keep") & (found["method"] != "oracle")]
+    """What data selection gains in accuracy, each cell being a task, a rank and a share kept."""
+    cell = ("dataset", "rank", "noise", "share")
+    kept = selections[selections["design"] == "keep"]
     rows = []
-    for method, some in kept.groupby("method", sort=False):
-        better, worse = some["accuracy_low"] > 0, some["accuracy_high"] < 0
-        said = f"{better.sum()} better, {worse.sum()} worse, {(~better & ~worse).sum()} not resolved"
-        paper_says = "often better" if method == "datainf" else ""
-        item = "ICLR version" if method == "datainf" else "not in the paper"
-        rows.append(
-            (item, f"accuracy of models on what {label(method)} keeps, beside all data", paper_says, said, *NO_ORDER)
-        )
+    for method in dict.fromkeys(kept["method"]):
+        if method in ("oracle", "random"):
+            continue
+        item, said = ("ICLR version", "often") if method == "datainf" else ("not in the paper", "")
+        over_all = kept[kept["method"] == method].set_index([*cell, "seed"])["accuracy_gain"]
+        rows.append((item, f"models are better on what {label(method)} keeps than on all data", said, *_said(over_all)))
+        by_chance = f"models are better on what {label(method)} keeps than on as many kept at random"
+        rows += _order(("not in the paper", by_chance, ""), kept, "accuracy", method, "random", cell=cell)
     return rows
 
 
@@ -278,10 +279,20 @@ def _cells(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _order(
-    runs: pd.DataFrame, metric: str, one: str, other: str, *, least: float = 0.0, **cell
-) -> tuple[str, str, str]:
-    """What paired differences of two methods say, the verdict, and what would be seen; of runs that have both."""
-    return _said(paired.differences(runs, metric, one, other, **cell), least=least)
+    claim: tuple[str, str, str],
+    runs: pd.DataFrame,
+    metric: str,
+    one: str,
+    other: str,
+    *,
+    least: float = 0.0,
+    **cell,
+) -> list[Claim]:
+    """The row of an item's claim about two methods, as the paper has it: what their paired differences say, the
+    verdict, and what would be seen. No row, if there are no runs of both."""
+    if not {one, other} <= set(runs["method"]):
+        return []
+    return [(*claim, *_said(paired.differences(runs, metric, one, other, **cell), least=least))]
 
 
 def _said(differences: pd.Series, *, least: float = 0.0) -> tuple[str, str, str]:
