@@ -287,7 +287,7 @@ def test_figures_are_drawn():
         plotting.cost(detection, "title"),
         plotting.detection_curves(metrics.curves_from(detection), "title"),
         plotting.against_exact(scores, "title"),
-        plotting.score_distributions(scores, "title"),
+        plotting.detection_ranks(scores, "title"),
         plotting.fine_tuning_curve(history, 0.5),
         plotting.loss_curve(history.rename(columns={"accuracy": "query_loss"}), "epoch", "nats", "Loss"),
         plotting.by_method(points, "AUC", "title", references={"one": 0.5}, kinds={"by |score|": "full"}),

@@ -6,12 +6,13 @@ from datainf.study.plotting.classification import (
     by_rank,
     cost,
     detection_curves,
+    detection_ranks,
     fine_tuning_curve,
-    score_distributions,
 )
 from datainf.study.plotting.hessian import along_weights, by_damping
 from datainf.study.plotting.identification import (
     KINDS,
+    NORMAL,
     by_loss,
     by_method,
     class_detection,
@@ -34,6 +35,7 @@ __all__ = [
     "GUIDE",
     "KINDS",
     "METHOD_STYLE",
+    "NORMAL",
     "SELECTIONS",
     "STAGES",
     "against_exact",
@@ -50,6 +52,7 @@ __all__ = [
     "class_heat_maps",
     "cost",
     "detection_curves",
+    "detection_ranks",
     "ensembles",
     "fine_tuning_curve",
     "group_changes",
@@ -59,7 +62,6 @@ __all__ = [
     "loss_curve",
     "picture_grid",
     "places_of_influence",
-    "score_distributions",
     "side_by_side",
     "stability",
     "use_style",

@@ -55,15 +55,16 @@ def side_by_side(record: pd.DataFrame, title: str) -> Figure:
     for row, (_, library, method) in enumerate(ways):
         own = record[(record["library"] == library) & (record["method"] == method) & (record["stage"] != "total")]
         apart = set(own["stage"]) & {"gradients", "forward and backward"}
+        total, pieces = totals[library, method], own["ratio_to_training_step"]
+        pieces = pieces * total / pieces.sum()  # medians of stages do not add up to the median of the whole
         left, hatch = 0.0, "//" if "scaled up" in str(own["note"].iloc[0]) else None
-        for stage, width in zip(own["stage"], own["ratio_to_training_step"], strict=True):
+        for stage, width in zip(own["stage"], pieces, strict=True):
             # Scores that are not apart from gradients are another stage.
             text, colour = STAGES["scores and gradients" if stage == "scores" and not apart else stage]
             own_label = None if text in named else text
             axis.barh(row, width, left=left, color=colour, hatch=hatch, edgecolor="white", label=own_label)
             named.add(text)
             left += width
-        total = totals[library, method]
         text = f"{total:.2f}" if total < end else f"{total:.1f}, cut here"
         at, side = (total, "left") if total < end else (end, "right")
         axis.annotate(text, (at, row), (4 if total < end else -4, 0), textcoords="offset points", va="center", ha=side)

@@ -3,25 +3,28 @@
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
 from datainf.evaluation.paired import confidence_interval
-from datainf.study.plotting.style import label, legend_beside, look_of, ordered, row_of, shown_once
+from datainf.study.plotting.style import label, legend_beside, look_of, ordered, row_of, shown_once, without_repeats
 
 
 @shown_once
 def by_method(
     points: pd.DataFrame, xlabel: str, title: str, *, references: Mapping[str, float], kinds: Mapping[str, str]
 ) -> Figure:
-    """One panel side by side for each of several quantities, one row for each method, one marker for each kind.
+    """One panel side by side for each of several quantities, one row for each method, one marker for each kind; the
+    axis is where the data and chance are.
 
     Args:
-        points: columns panel, method, kind, value, error (half the length of its bar).
+        points: columns panel, method, kind, value, error (half of its 95% interval), values being shares.
         references: panel -> where a line marks chance.
         kinds: kind -> "full" or "none", how its marker is filled.
     """
+    points = without_repeats(points, "value")
     labels = ordered(points["method"])
     look = look_of(labels)
     panels = list(references)
@@ -32,10 +35,11 @@ def by_method(
             rows = some[some["kind"] == kind].set_index("Method")
             for y, (name, colour, marker) in enumerate(zip(labels, look["palette"], look["markers"], strict=True)):
                 if name in rows.index:
+                    value, error = rows.loc[name, ["value", "error"]].astype(float)
                     axis.errorbar(
-                        rows.loc[name, "value"],
+                        value,
                         y + 0.15 * (2 * place - len(kinds) + 1),
-                        xerr=rows.loc[name, "error"],
+                        xerr=[[min(error, value)], [min(error, 1 - value)]],
                         color=colour,
                         marker=marker,
                         fillstyle=fill,
@@ -43,7 +47,8 @@ def by_method(
                         linewidth=1.3,
                     )
         axis.axvline(references[panel], color="0.5", linestyle=":", linewidth=1)
-        axis.set(title=panel, xlim=(-0.03, 1.05), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0", "", "0.5", "", "1"])
+        axis.set(title=panel)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()  # shared by all panels
     figure.supxlabel(xlabel, fontsize=11)
@@ -57,6 +62,7 @@ def by_method(
     return figure
 
 
+NORMAL = 1.96  # standard errors on each side of a mean are its 95% interval
 KINDS = {"by |score|": "full", "by helpfulness (-score)": "none"}
 
 
@@ -66,14 +72,14 @@ def class_detection(detection: pd.DataFrame, n_classes: int, title: str) -> Figu
     `detection`: rows of `metrics.class_detection_table` of one loss, by method.
     """
     points = [
-        {"panel": panel, "method": method, "kind": kind, "value": row[column], "error": row[f"{column}_se"]}
+        {"panel": panel, "method": method, "kind": kind, "value": row[column], "error": NORMAL * row[f"{column}_se"]}
         for method, row in detection.iterrows()
         for panel, column_of in (("AUC", "auc"), ("recall", "recall"))
         for kind, column in zip(KINDS, (column_of, f"{column_of}_signed"), strict=True)
     ]
     return by_method(
         pd.DataFrame(points),
-        "mean over the test examples (bars: standard error)",
+        "mean over the test examples (bars: 95% interval)",
         title,
         references={"AUC": 0.5, "recall": 1 / n_classes},
         kinds=KINDS,
@@ -86,6 +92,7 @@ def by_loss(points: pd.DataFrame, title: str) -> Figure:
 
     `points` has the columns panel, method, loss and value; of several values mean and 95% confidence interval.
     """
+    points = without_repeats(points, "value")
     labels = ordered(points["method"])
     panels = list(dict.fromkeys(points["panel"]))
     figure, axes = row_of(panels, width=3.7, height=3.8, legend=1.4)
@@ -95,7 +102,7 @@ def by_loss(points: pd.DataFrame, title: str) -> Figure:
             x="loss",
             y="value",
             hue="Method",
-            errorbar=confidence_interval,
+            errorbar=lambda values: np.clip(confidence_interval(values), 0, 1),
             dodge=0.5,
             linestyle="none",
             markersize=6,
@@ -103,7 +110,7 @@ def by_loss(points: pd.DataFrame, title: str) -> Figure:
             ax=axis,
             **look_of(labels),
         )
-        axis.set(title=panel, xlabel="loss whose gradients are compared", ylabel="", ylim=(-0.02, 1.04))
+        axis.set(title=panel, xlabel="loss whose gradients are compared", ylabel="")
     axes[0].set_ylabel("class detection")
     legend_beside(figure, axes)
     figure.suptitle(title, fontsize=12)
@@ -118,7 +125,8 @@ def class_heat_maps(shares: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """
     highest = max(table.to_numpy().max() for table in shares.values())
     few = all(len(table) <= 15 for table in shares.values())  # more cells have no room for their numbers
-    figure, axes = row_of(shares, width=4.6, height=5.2, legend=1.6)
+    side = 1.6 + 0.3 * max(len(table) for table in shares.values())
+    figure, axes = row_of(shares, width=side, height=side + 0.9, legend=1.2)
     for axis, (method, table) in zip(axes, shares.items(), strict=True):
         sns.heatmap(
             100 * table,
@@ -127,15 +135,16 @@ def class_heat_maps(shares: Mapping[str, pd.DataFrame], title: str) -> Figure:
             cmap="cividis",
             annot=few,
             fmt=".0f",
-            annot_kws={"fontsize": 8},
+            annot_kws={"fontsize": 9},
             square=True,
-            cbar=axis is axes[-1],
-            cbar_kws={"label": "share of the row's mean |score|, %", "shrink": 0.7},
+            cbar=False,
             ax=axis,
         )
-        axis.set(title=label(method), xlabel="class of the training examples", ylabel="")
+        axis.set(title=label(method), xlabel="", ylabel="")
         axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
     axes[0].set_ylabel("class of the test examples")
+    figure.supxlabel("class of the training examples", fontsize=11)
+    figure.colorbar(axes[0].collections[0], ax=axes, label="share of the row's mean |score|, %", shrink=0.7)
     figure.suptitle(title, fontsize=12)
     return figure
 

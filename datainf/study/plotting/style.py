@@ -5,6 +5,7 @@ from functools import wraps
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -89,6 +90,18 @@ def ordered(methods: Sequence[str]) -> list[str]:
     """The methods that occur, in the order and by the labels of `METHOD_STYLE`."""
     present = set(methods)
     return [LABELS[method] for method in METHOD_STYLE if method in present] + sorted(present - LABELS.keys())
+
+
+def without_repeats(runs: pd.DataFrame, metric: str, least: float = 0.01) -> pd.DataFrame:
+    """The runs without LiSSA as published, where it is nowhere further than `least` from LiSSA: no figure shows it then.
+
+    Args:
+        runs: the column method, the metric, and columns that say of what it is.
+    """
+    both = [runs.loc[runs["method"] == method, metric].to_numpy() for method in ("lissa", "lissa_as_published")]
+    if len(both[0]) == len(both[1]) > 0 and np.nanmax(np.abs(both[0] - both[1]), initial=0) < least:
+        return runs[runs["method"] != "lissa_as_published"]
+    return runs
 
 
 def look_of(labels: Sequence[str]) -> dict:

@@ -105,6 +105,7 @@ def name_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, str, float, 
     wanted = np.clip([axis.transData.transform(end[2:])[1] for end in ends], low, high)
     gap = 1.25 * size * figure.dpi / 72
     placed = _apart(wanted, gap)
+    placed = np.maximum(placed, low + gap * (0.5 + np.arange(len(placed))))  # above the axis, whose ticks are below
     right = max(end[2] for end in ends)
     for (text, colour, x, y), target, own in zip(ends, placed, wanted, strict=True):
         shifted = offset_copy(axis.transData, figure, x=6, y=(target - own) * 72 / figure.dpi, units="points")
