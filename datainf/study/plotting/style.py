@@ -93,7 +93,7 @@ def ordered(methods: Sequence[str]) -> list[str]:
 
 
 def without_repeats(runs: pd.DataFrame, metric: str, least: float = 0.01) -> pd.DataFrame:
-    """The runs without LiSSA as published, where it is nowhere further than `least` from LiSSA: no figure shows it then.
+    """The runs without LiSSA as published, where it is nowhere further than `least` from LiSSA and could not be seen.
 
     Args:
         runs: the column method, the metric, and columns that say of what it is.
