@@ -27,10 +27,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # takes three times as long when they are compiled anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help plan reproduce verify replay audit publish test students lab notebooks clean
+.PHONY: help plan reproduce verify replay audit publish test students site lab notebooks clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: make test, make students, make lab, make notebooks, make clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: make test, make students, make site, make lab, make notebooks, make clean"
 
 plan: $(VENV)/installed
 	@$(SWEEP) --dry-run
@@ -68,6 +68,10 @@ students: $(VENV)/installed
 	@echo "Writing the lessons without outputs and solutions into students/."
 	@$(BIN)/python -m datainf.study.students
 
+site: $(VENV)/site
+	@echo "Building the site into build/site/: open build/site/index.html, which needs no network."
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --conf-dir docs/site . build/site
+
 lab: $(VENV)/installed
 	@echo "Opening JupyterLab on notebooks/; start with 00_influence_functions.ipynb."
 	@$(BIN)/jupyter lab --notebook-dir notebooks
@@ -82,7 +86,7 @@ notebooks: $(VENV)/installed
 
 clean:
 	@echo "Removing the environment, caches and results/$(SCALE)/; what is published stays."
-	@rm -rf $(VENV) cache .pytest_cache .ruff_cache .import_linter_cache \
+	@rm -rf $(VENV) cache build docs/site/api .pytest_cache .ruff_cache .import_linter_cache \
 	    $(if $(filter published benchmarks,$(SCALE)),,results/$(SCALE)/*)
 
 # --no-compile: what is imported is compiled then, the rest never; it halves the time of the installation.
@@ -93,4 +97,9 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	    $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
+	@touch $@
+
+$(VENV)/site: $(VENV)/installed
+	@echo "Installing what builds the site."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c requirements.lock -e .[site]
 	@touch $@

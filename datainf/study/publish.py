@@ -6,6 +6,8 @@ notebooks that the configuration names under `publish`. It is what the README, d
 
 import argparse
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -45,13 +47,22 @@ def publish(ours: Path, published: Path, notebooks: list[str]) -> None:
         nbformat.write(shown(executed), published / "notebooks" / f"{name}.ipynb")
 
 
+LINK = re.compile(r"\]\((?!\w+:|#|/|\.\./\.\./)([^)\s]+)\)")
+"""In Markdown, to a file, as it stands in notebooks/."""
+
+
 def shown(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook as strangers may see it: no folder of the machine that ran it, no times of its cells."""
+    """An executed notebook as strangers may see it, four folders down: no folder of the machine that ran it, no times of
+    its cells, and links that lead where they led from notebooks/."""
     given = notebook.metadata.get("papermill", {}).get("parameters", {}).values()
     folders = {value: Path(value).name for value in given if isinstance(value, str) and Path(value).is_absolute()}
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata = {"tags": tags} if (tags := cell.metadata.get("tags")) else {}
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(
+                lambda link: f"](../../../../{os.path.normpath('notebooks/' + link[1])})", cell.source
+            )
     return nbformat.from_dict(json.loads(_replaced(json.dumps(notebook), folders | {str(ROOT): "."})))
 
 

@@ -7,6 +7,7 @@ import time
 from importlib.metadata import version
 
 import matplotlib
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 import datainf
 from datainf.errors import InputError
 from datainf.evaluation import metrics
-from datainf.study import parameters, plotting, provenance, readme, results, tables
+from datainf.study import parameters, plotting, provenance, publish, readme, results, tables
 
 matplotlib.use("Agg")
 
@@ -360,3 +361,21 @@ def test_every_file_and_heading_that_a_page_names_is_there(page):
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf8"), re.MULTILINE) if anchor else []
             names = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
             assert not anchor or anchor in names, (link, anchor)
+
+
+EXECUTED = [*provenance.ROOT.glob("notebooks/*.ipynb"), *provenance.ROOT.glob("results/published/*/notebooks/*.ipynb")]
+
+
+@pytest.mark.parametrize("path", sorted(EXECUTED), ids=lambda path: path.stem)
+def test_every_file_that_a_notebook_names_is_there(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    for link in re.findall(r"\]\((?!http|#)([^)#\s]+)", text):
+        assert (path.parent / link).exists(), link
+
+
+def test_links_of_a_published_notebook_lead_where_they_led():
+    source = "[a](10_x.ipynb), [b](../docs/y.md#z), [c](https://d.e/f), [g](#h)"
+    cells = [nbformat.v4.new_markdown_cell(source)]
+    once = publish.shown(nbformat.v4.new_notebook(cells=cells))
+    here = "[a](../../../../notebooks/10_x.ipynb), [b](../../../../docs/y.md#z), [c](https://d.e/f), [g](#h)"
+    assert once.cells[0].source == here == publish.shown(once).cells[0].source
