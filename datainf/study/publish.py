@@ -52,8 +52,8 @@ LINK = re.compile(r"\]\((?!\w+:|#|/|\.\./\.\./)([^)\s]+)\)")
 
 
 def shown(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook as strangers may see it, four folders down: no folder of the machine that ran it, no times of
-    its cells, and links that lead where they led from notebooks/."""
+    """An executed notebook as strangers may see it, four folders down: no folder of the machine that ran it, no times
+    of its cells, and links that lead where they led from notebooks/."""
     given = notebook.metadata.get("papermill", {}).get("parameters", {}).values()
     folders = {value: Path(value).name for value in given if isinstance(value, str) and Path(value).is_absolute()}
     notebook.metadata.pop("papermill", None)
