@@ -5,7 +5,7 @@ import json
 import nbformat
 import pandas as pd
 import pytest
-from running import NOTEBOOKS, assert_refused, execute
+from running import NOTEBOOKS, assert_refused, execute, execute_with_solutions
 
 from datainf.study.provenance import ROOT
 
@@ -25,20 +25,20 @@ SMALLEST = {"n_train": 40, "n_validation": 20, "epochs": 1, "dataset": "demo-rev
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory, diffusion_base):
-    """The smallest sweep: one dataset at two ranks, one text task, one of pictures, then the figures."""
+    """The smallest sweep, with solutions: one dataset at two ranks, a text task, one of pictures, then the figures."""
     folder = tmp_path_factory.mktemp("study")
     for rank in (1, 2):
         for experiment, notebook in EXPERIMENTS.items():
             output = folder / "results" / "tiny" / "runs" / f"{experiment}-demo-reviews-r{rank}-s0.csv"
             given = {**SMALLEST, "rank": rank, "cache": str(folder / "cache"), "output": str(output)}
-            execute(notebook, folder, **given)
+            (execute_with_solutions if rank == 2 else execute)(notebook, folder, **given)
     output = folder / "results" / "tiny" / "runs" / TEXT
     given = {**SMALLEST_TEXT, "cache": str(folder / "cache"), "output": str(output)}
-    execute("30_text_identification", folder, **given)
+    execute_with_solutions("30_text_identification", folder, **given)
     output = folder / "results" / "tiny" / "runs" / IMAGES
     given = {**SMALLEST_IMAGES, "model": diffusion_base, "cache": str(folder / "cache"), "output": str(output)}
     figures = str(folder / "results" / "tiny" / "figures")
-    execute("40_image_identification", folder, **given, inference_steps=2, stability=1, figures=figures)
+    execute_with_solutions("40_image_identification", folder, **given, inference_steps=2, stability=1, figures=figures)
     output = folder / "results" / "tiny" / "runs" / TRUTH
     execute("70_ground_truth", folder, **SMALLEST_TRUTH, cache=str(folder / "truth"), output=str(output))
     output = folder / "results" / "tiny" / "runs" / HESSIANS
