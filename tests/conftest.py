@@ -23,9 +23,16 @@ from datainf.demo.train_diffusion import build_tokenizer
 VOCABULARY, PAD = 60, 1
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests that share what is made once for their file stay in one process; the others go to whichever is free."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    if any(fixture.scope == "module" for overriding in fixtures for fixture in overriding):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.hookimpl(trylast=True)  # after they have been put in random order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files first: one that is begun last is waited for by all processes but one."""
+    """The long files first: a test that is begun last is waited for by all processes but one."""
     long = ("notebooks", "study", "benchmarks")
     items.sort(key=lambda item: next((place for place, folder in enumerate(long) if folder in item.path.parts), 3))
 
