@@ -1,7 +1,7 @@
 """Methods that know a layer's d_l parameters as a matrix (out, in), and H as a product of what acts on its two sides.
 
-They are functions ``(G, V, lam, shape, ...) -> R`` of one layer, as those of `attribution.methods`, in float64
-throughout. Row i of G is the gradient G_i (out, in), row by row.
+They are functions ``(G, V, lam, shape, ...) -> R`` of one layer, as those of `attribution.methods`, in float64 (but for
+`generalized_fisher`, whose H is well conditioned). Row i of G is the gradient G_i (out, in), row by row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -82,23 +82,23 @@ def generalized_fisher(G: Matrix, V: Float[Tensor, "m d"], lam: float, shape: Sh
 def generalized_fisher_solver(G: Matrix, lam: float, shape: Shape) -> Solver:
     """`generalized_fisher` as a function of V alone, by a Cholesky factor of F + lam I.
 
-    F is added up in the type of G, as DataInf's products are, and factorized in float64: it has few rows, so that its
-    condition number is small, and the products are nearly all of the time.
+    F is added up in the type of G, as DataInf's products are, factorized in float64, and solved with in the type of G,
+    which is as good as F itself: solving by triangles is stable.
     """
     by_rows = shape[1] >= shape[0]
     F = double(_mean_square(G, shape, by_rows)) / min(shape)
     F.diagonal().add_(lam)
-    L = torch.linalg.cholesky(F)
+    L = torch.linalg.cholesky(F).to(G.dtype)
 
     def solve(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """Of the matrices with their long side last, all rows at once."""
-        rows = double(V).view(-1, *shape)
+        rows = V.to(L).view(-1, *shape)
         rows = rows if by_rows else rows.mT
         return torch.cholesky_solve(rows.reshape(-1, len(F)).T, L).T.view(rows.shape)
 
     if by_rows:
-        return lambda V: solve(V).flatten(1).to(V.dtype).to(V.device)
-    return lambda V: solve(V).mT.flatten(1).to(V.dtype).to(V.device)
+        return lambda V: solve(V).flatten(1).to(V)
+    return lambda V: solve(V).mT.flatten(1).to(V)
 
 
 def generalized_fisher_basis(G: Matrix, shape: Shape) -> Basis:
