@@ -139,7 +139,7 @@ def counterfactuals(truth: pd.DataFrame) -> pd.DataFrame:
     return table.rename(label, level="method")
 
 
-IN_SHORT = ["exact@training", "generalized_fisher@1", "exact", "lissa_scaled", "datainf", "hessian_free"]
+IN_SHORT = ["exact@training", "generalized_fisher@1", "kronecker@1", "exact", "lissa_scaled", "datainf", "hessian_free"]
 WITHOUT_GRADIENTS = [name for name in BASELINES if name not in ("gradient_cosine", "self_influence")]
 
 
