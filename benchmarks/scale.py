@@ -189,11 +189,12 @@ def main() -> None:
                 "Exact": lambda: exact_in_minutes(roberta),
                 "gradients": lambda: gradients_for_exact(roberta[0], 2 if options.tiny else 16, options.tiny),
             }
-            rows, rates = [], [matrix_product_rate()]
+            size = 256 if options.tiny else 4096
+            rows, rates = [], [matrix_product_rate(size)]
             for name, part in parts.items():
                 print(f"{name}: {time.strftime('%H:%M:%S')} ...", flush=True)
                 rows.append(part())
-                rates.append(matrix_product_rate())
+                rates.append(matrix_product_rate(size))
     record = pd.DataFrame(rows)
     record["share_of_rate"] = record["operations"] / record["seconds"] / max(rates)
     record["gflops_of_product"] = max(rates) / 1e9
