@@ -6,14 +6,14 @@ from matplotlib.figure import Figure
 
 from datainf.study.plotting.style import shown_once
 
-# Stage -> how it is named and coloured (Okabe-Ito again).
+# Stage -> how it is named and coloured. Neighbours in a bar differ in lightness too, so that they do in grey.
 STAGES = {
     "forward and backward": ("forward and backward", "0.45"),
-    "gradients": ("gradients", "0.75"),
-    "cache": ("gradients", "0.75"),
-    "factors": ("factors of H, with gradients", "#CC79A7"),
-    "ihvp": ("inverse-Hessian-vector products", "#D55E00"),
-    "scores": ("scores", "#0072B2"),
+    "gradients": ("gradients", "0.82"),
+    "cache": ("gradients", "0.82"),
+    "factors": ("factors of H, with gradients", "#A04A7C"),
+    "ihvp": ("inverse-Hessian-vector products", "#E69F00"),
+    "scores": ("scores", "#003F7D"),
     "scores and gradients": ("scores and gradients in one", "#56B4E9"),
 }
 # What a library's method computes, in the order of drawing -> the methods, as the record has them.
