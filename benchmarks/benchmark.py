@@ -1,10 +1,11 @@
-"""Three ratios of computing time, measured in one run on one machine: see ``benchmarks/README.md``.
+"""Four ratios of computing time, measured in one run on one machine: see ``benchmarks/README.md``.
 
-python -m benchmarks.benchmark                                    # all three, several minutes
+python -m benchmarks.benchmark                                    # all four, several minutes
 python -m benchmarks.benchmark --only exact --n 250 --d 1024      # one, in small
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.common import (
     BATCH_SIZE,
@@ -32,6 +35,7 @@ from benchmarks.common import (
 from datainf import per_sample_gradients, reference_gradients
 from datainf.attribution.damping import layer_damping
 from datainf.attribution.methods import datainf, exact
+from datainf.models.in_training import INDEX, RecordGradients
 from datainf.models.losses import classification
 
 QUERIES, LAYERS = 100, 4
@@ -157,17 +161,52 @@ def benchmark_gradients(count: int, repeats: int) -> list[Row]:
     return [{**row, "note": f"{count / row['seconds_median']:.0f} examples/s{row['note']}"} for row in rows]
 
 
+# --- 4. Gradients recorded while a model is fine-tuned, against fine-tuning alone -----------------------------------
+
+
+def benchmark_recorded(count: int, repeats: int) -> list[Row]:
+    """An epoch of training in which every example's gradients are recorded, against one in which none are."""
+    model, texts = random_roberta(), random_texts(count)
+    texts = [{**text, INDEX: index} for index, text in enumerate(texts)]
+
+    def collated(examples: Sequence[dict]) -> dict[str, Tensor]:
+        return {**collate(examples), INDEX: torch.tensor([example[INDEX] for example in examples])}
+
+    def epoch(*callbacks: TrainerCallback) -> None:
+        options = {"report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "save_strategy": "no"}
+        options |= {"use_cpu": True, "learning_rate": 1e-6, "logging_strategy": "no"}  # the model stays as it is
+        with tempfile.TemporaryDirectory() as folder:
+            take = TrainingArguments(folder, num_train_epochs=1, per_device_train_batch_size=BATCH_SIZE, **options)
+            loader = collated if callbacks else collate
+            trainer = Trainer(model, take, loader, texts, callbacks=list(callbacks))
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+
+    def recorded() -> RecordGradients:
+        recording = RecordGradients(count)
+        epoch(recording)
+        return recording
+
+    assert len(recorded().store) > 0  # and warm
+    seconds = take_turns(repeats, plain=epoch, recorded=recorded)
+    texts_of = f"an epoch of {count} texts of 10-60 tokens, batch {BATCH_SIZE}, by the Trainer"
+    return [
+        row("training", texts_of, seconds["plain"], seconds["plain"]),
+        row("RecordGradients", texts_of, seconds["recorded"], seconds["plain"], GRADIENTS_LIMIT),
+    ]
+
+
 # --- The record and the command line --------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Run the benchmarks asked for, print their ratios and write the record."""
-    parser = argparse.ArgumentParser(description="Measure three ratios of computing time, and hold them to limits.")
-    parser.add_argument("--only", choices=("gradients", "datainf", "exact"), help="run this one alone")
+    parser = argparse.ArgumentParser(description="Measure four ratios of computing time, and hold them to limits.")
+    parser.add_argument("--only", choices=("gradients", "datainf", "exact", "recorded"), help="run this one alone")
     parser.add_argument("--repeats", type=positive, default=25, help="rounds of each measurement (25)")
     parser.add_argument("--n", type=positive, default=1000, help="training examples in exact and datainf (1000)")
     parser.add_argument("--d", type=positive, default=4096, help="parameters of a layer in exact and datainf (4096)")
-    parser.add_argument("--texts", type=positive, default=128, help="examples in gradients (128)")
+    parser.add_argument("--texts", type=positive, default=128, help="examples in gradients and recorded (128)")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/benchmark.csv"), help="the record")
     options = parser.parse_args()
     if options.output.is_dir():
@@ -178,6 +217,7 @@ def main() -> None:
         "gradients": lambda: benchmark_gradients(options.texts, options.repeats),
         "datainf": lambda: benchmark_datainf(options.n, options.d, options.repeats),
         "exact": lambda: benchmark_exact(options.n, options.d, options.repeats),
+        "recorded": lambda: benchmark_recorded(options.texts, options.repeats),
     }
     rows = []
     for name in [options.only] if options.only else benchmarks:

@@ -28,7 +28,7 @@ def test_against_the_plain_way(tmp_path):
     record = run(
         "benchmark", "--texts", "12", "--n", "60", "--d", "64", "--repeats", "1", output=tmp_path / "record.csv"
     )
-    assert set(record["benchmark"]) == {"gradients", "datainf", "exact"}
+    assert set(record["benchmark"]) == {"gradients", "datainf", "exact", "recorded"}
     assert record["ratio_to_baseline"].gt(0).all() and record["commit"].notna().all()
 
 
