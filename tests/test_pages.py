@@ -18,6 +18,8 @@ def test_what_the_readme_and_the_page_for_your_own_model_show_runs(tmp_path):
     first = blocks("README.md", "python")[0]
     yours = "model, train_set, validation_set, collate = tuned.model, tuned.train, tuned.query, tuned.collate"
     code = "\n".join([first, yours, *blocks("docs/your_own.md", "python")])
+    for folder in ("results", "notebooks"):  # which are in the folder that a reader is in
+        (tmp_path / folder).symlink_to(ROOT / folder)
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
