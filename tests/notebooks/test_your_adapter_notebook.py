@@ -61,7 +61,7 @@ def test_a_classifier_by_make_audit_with_retraining(files, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("notebook.ipynb", "notebook.html", "ranked.csv", "suspects.jsonl", "report.html")
+        *("notebook.ipynb", "notebook.html", "ranked.csv", "suspects.jsonl", "retrained.csv", "report.html")
     }
     assert "WARNING: With the adapter the mean training loss is" in done.stdout  # it was never trained
     page = (tmp_path / "out" / "report.html").read_text()

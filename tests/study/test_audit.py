@@ -61,6 +61,14 @@ def test_an_adapter_read_by_another_template_is_found_out(example):
     assert "hardly the examples" in audit.warning_of(untrained)
 
 
+def test_an_adapter_whose_training_diverged_is_refused(example):
+    paths, rows, asked, _ = example
+    broken = own.load(paths["adapter"], rows, asked, reading=Reading("space"))
+    next(p for name, p in broken.tuned.model.named_parameters() if "lora_" in name).data.fill_(float("nan"))
+    with pytest.raises(InputError, match="have no finite loss by the adapter: its weights are not to be used"):
+        audit.learned(broken, rows)
+
+
 def test_more_than_memory_holds_is_refused_before_it_is_begun(example):
     model = example[3].tuned.model
     audit.check_room(datainf.estimate(model, 200, 40))

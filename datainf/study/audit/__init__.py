@@ -117,6 +117,9 @@ def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
 
     An adapter that is read by another template than it was trained by is not much better than its base, or better by
     that other.
+
+    Raises:
+        InputError: the losses are no numbers, as of a training that diverged.
     """
     sample, in_use, rows = train.select(range(min(SAMPLE, len(train)))), adapter.reading.template, {}
     texts_alone = not adapter.is_classifier and isinstance(own.conversation(sample[0], "Training example 0")[1], str)
@@ -133,6 +136,9 @@ def learned(adapter: own_models.Adapter, train: Dataset) -> pd.DataFrame:
             except InputError:  # by which these examples cannot be written
                 continue
         with_it, without = adapter.losses_of(encoded)
+        if not np.isfinite([with_it.mean(), without.mean()]).all():
+            whose = "the adapter" if np.isfinite(without.mean()) else "its base"
+            raise InputError(f"The training examples have no finite loss by {whose}: its weights are not to be used.")
         rows[IN_USE if template == in_use else template] = {"loss": with_it.mean(), "base_loss": without.mean()}
     table = pd.DataFrame(rows).T.rename_axis("template")
     return table.assign(over_base=table["loss"] / table["base_loss"])

@@ -35,7 +35,7 @@ def main() -> None:
                 with suppress(ValueError):  # which the notebook says better
                     given[name] = float(value)  # 2e-4 is a text to YAML
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("ranked.csv", "suspects.jsonl", "filtered.jsonl", "report.html", "notebook.html"):
+        for name in ("ranked.csv", "suspects.jsonl", "filtered.jsonl", "retrained.csv", "report.html", "notebook.html"):
             (out / name).unlink(missing_ok=True)  # an earlier audit's
         made = str(out / "notebook.ipynb")
         print(f"Auditing {names['adapter']}; the notebook as it runs is {made}.")
