@@ -26,7 +26,7 @@ SCALE = config["scale"]
 PYTHON = sys.executable
 RESULTS = f"results/{SCALE}"
 # The rooms that the numbers of a teaching notebook are by, besides those of all of them (see lesson_code).
-LESSON_ROOMS = {"table1_complexity": ()}
+LESSON_ROOMS = {"table1_complexity": (), "leave_one_out": (*NUMERIC, "study")}  # its model is study/logistic.py
 TIMED = {"table1_complexity", "memory_budget"}  # nothing else runs beside these
 ALL_CORES = workflow.resource_settings.cores or 4  # on a cluster there is no total: what a job of it asks for
 JOB = {"runtime": 60, "mem_mb": 4000, "gpu": 0} | config.get("job", {})

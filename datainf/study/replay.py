@@ -33,7 +33,8 @@ def replay(record: Path, into: Path = PLACE) -> tuple[Path, Path]:
         raise InputError(f"{record} does not say what made it: give a record below results/, in a folder runs/.")
     program, notebook, *_, parameters = shlex.split(rows["command"].iloc[0])
     given = yaml.safe_load(parameters)
-    lesson = record.stem in sweep.LESSONS
+    if lesson := record.stem in sweep.LESSONS:  # its notebook may have had another name when the record was made
+        notebook = f"notebooks/{sweep.LESSONS[record.stem]}.ipynb"
     executed = into / f"{record.stem}.ipynb"
     output = into / "runs" / record.name
     given |= {"folder": str(into)} if lesson else _in_folders(rows, given) | {"output": str(output)}

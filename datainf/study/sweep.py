@@ -28,8 +28,8 @@ AFTER = {"mislabeled_detection": "approximation_error", "which_hessian": "ground
 """Experiment -> that whose work on the same run it takes up."""
 
 LESSONS = {
-    "leave_one_out": "00_influence_functions",
-    "theorem1": "01_datainf_derivation",
+    "leave_one_out": "01_curvature_and_damping",
+    "theorem1": "02_datainf_derivation",
     "table1_complexity": "50_complexity",
     "memory_budget": "60_speed_and_scale",
     "your_adapter": "80_your_adapter",

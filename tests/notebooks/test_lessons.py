@@ -16,8 +16,9 @@ from datainf.study.provenance import ROOT
 TABLES = ROOT / "results" / "published" / "demo" / "tables"
 SMALLEST = {
     "00_influence_functions": {},
-    "01_datainf_derivation": {"largest_d": 512, "epochs": 2},
-    "02_per_sample_gradients": {"n_train": 16, "timing": 0.001},
+    "01_curvature_and_damping": {},
+    "02_datainf_derivation": {"largest_d": 512, "epochs": 2},
+    "03_per_sample_gradients": {"n_train": 16, "timing": 0.001},
     "50_complexity": {
         **{"matrix_widths": [128, 256, 512], "widths": [512, 2048, 4096, 8192], "n_wide": 64},
         **{"examples": [1024, 2048, 4096], "d_tall": 256, "wide_examples": [64, 128, 256], "d_wide": 1024},
@@ -28,8 +29,8 @@ SMALLEST = {
 
 
 RECORDS = {
-    "00_influence_functions": ("leave_one_out", []),
-    "01_datainf_derivation": ("theorem1", ["eigenvalues.png", "theorem1.png"]),
+    "01_curvature_and_damping": ("leave_one_out", []),
+    "02_datainf_derivation": ("theorem1", ["eigenvalues.png", "theorem1.png"]),
     "50_complexity": ("table1_complexity", ["table1_crossover.png", "table1_memory.png", "table1_time.png"]),
     "60_speed_and_scale": ("memory_budget", ["memory_budget.png", "side_by_side.png"]),
 }
@@ -38,7 +39,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_lesson_runs_with_the_solutions_of_its_exercises(name, tmp_path):
     given = SMALLEST[name] | ({"folder": str(tmp_path)} if name in RECORDS else {})
-    given |= {"cache": str(tmp_path / "cache")} if "01" in name else {}
+    given |= {"cache": str(tmp_path / "cache")} if "02" in name else {}
     assert execute_with_solutions(name, tmp_path, **given) == 3
     for cell in nbformat.read(tmp_path / f"{name}.ipynb", 4).cells:
         assert not [o for o in cell.get("outputs", []) if o.output_type == "stream" and o.name == "stderr"]
@@ -54,9 +55,10 @@ def test_a_lesson_runs_with_the_solutions_of_its_exercises(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "given", "sentence"),
     [
-        ("00_influence_functions", {"noise": 0.9}, "InputError: noise must be from 0.01 to 0.4, not 0.9."),
-        ("01_datainf_derivation", {"largest_d": 8}, "InputError: largest_d must be from 64 to 4096, not 8."),
-        ("02_per_sample_gradients", {"n_train": 2}, "InputError: n_train must be from 8 to 1024, not 2."),
+        ("00_influence_functions", {"noise": 0.9}, "InputError: noise must be from 0.05 to 0.4, not 0.9."),
+        ("01_curvature_and_damping", {"ridge": 0.0}, "InputError: ridge must be from 0.001 to 1, not 0.0."),
+        ("02_datainf_derivation", {"largest_d": 8}, "InputError: largest_d must be from 64 to 4096, not 8."),
+        ("03_per_sample_gradients", {"n_train": 2}, "InputError: n_train must be from 8 to 1024, not 2."),
         ("50_complexity", {"layers": [4, 1]}, "layers must be at least two sizes, the smallest first, not [4, 1]."),
         ("50_complexity", {"widths": [8, 16]}, "matrix_widths and widths need a size in common"),
         ("50_complexity", {"repeats": 0}, "InputError: repeats must be from 1 to 100, not 0."),

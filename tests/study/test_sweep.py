@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import pandas as pd
@@ -188,9 +189,19 @@ def test_a_record_repeats_its_run(tmp_path, monkeypatch):
     assert len(replay.differences(other, again))
 
 
+@pytest.mark.parametrize("lesson", ["leave_one_out", "theorem1"])
+def test_a_lesson_repeats_its_published_record_though_its_notebook_was_renamed(lesson, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(replay.subprocess, "run", lambda command, **_: commands.append(command) or Mock(returncode=0))
+    replay.replay(ROOT / "results" / "published" / "demo" / "runs" / f"{lesson}.csv", tmp_path)
+    notebook, given = ROOT / commands[0][3], yaml.safe_load(commands[0][commands[0].index("-y") + 1])
+    assert notebook.is_file() and given["folder"] == str(tmp_path)
+    assert set(given) <= set(parameters.defaults(notebook))
+
+
 def test_a_published_notebook_names_no_folder_of_the_machine(tmp_path):
-    execute("00_influence_functions", tmp_path, n_train=100, folder=str(tmp_path / "it's here"))
-    shown = publish.shown(nbformat.read(tmp_path / "00_influence_functions.ipynb", 4))
+    execute("01_curvature_and_damping", tmp_path, n_train=100, folder=str(tmp_path / "it's here"))
+    shown = publish.shown(nbformat.read(tmp_path / "01_curvature_and_damping.ipynb", 4))
     text = "\n".join(cell.source + str(cell.get("outputs")) for cell in shown.cells)
     assert str(tmp_path) not in text and 'folder = "it\'s here"' in text
     assert "papermill" not in shown.metadata and str(ROOT) not in text

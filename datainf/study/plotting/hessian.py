@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from datainf.study.plotting.named_lines import name_ends
 from datainf.study.plotting.style import METHOD_STYLE, grid_of, label, shown_once
-from datainf.study.plotting.teaching import name_ends
 
 LAST = "datainf"  # drawn over the others, and thicker
 

@@ -1,19 +1,17 @@
-"""Figures of the teaching notebooks: lines with their names beside them, predictions against the truth, matrices."""
+"""Lines with their names beside them, instead of in a legend."""
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import offset_copy
 from scipy.optimize import isotonic_regression
 
-from datainf.study.plotting.style import GROUP_COLOURS, LABELS, METHOD_STYLE, grid_of, shown_once
+from datainf.study.plotting.style import LABELS, METHOD_STYLE, grid_of, shown_once
 
 Look = tuple[str, str, str]
 """Colour, line style and marker of a line; the marker "" is none."""
@@ -127,79 +125,3 @@ def _readable(colour: str) -> tuple[float, float, float]:
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     darker = min(1, 0.45 / luminance) if luminance else 1
     return red * darker, green * darker, blue * darker
-
-
-@shown_once
-def against_truth(
-    predicted: np.ndarray,
-    truth: np.ndarray,
-    flipped: np.ndarray,
-    *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-) -> Figure:
-    """Predictions against what came true, one point per training example, mislabeled ones marked."""
-    figure, axis = plt.subplots(figsize=(6.2, 5), layout="constrained")
-    for (name, colour), marker, group in zip(GROUP_COLOURS.items(), "o^", (~flipped, flipped), strict=True):
-        axis.scatter(
-            predicted[group], truth[group], s=26, alpha=0.7, color=colour, marker=marker, linewidth=0, label=name
-        )
-    axis.axline((0, 0), slope=1, color="0.5", linewidth=1, linestyle=":")
-    axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-    axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
-    axis.annotate("predicted = true", (0.42, 0.5), xycoords="axes fraction", ha="right", fontsize=9, color="0.4")
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axis.locator_params(nbins=6)
-    axis.legend(frameon=False, loc="lower right")
-    return figure
-
-
-@shown_once
-def ellipses(
-    panels: Mapping[str, Mapping[str, tuple[np.ndarray, Look]]],
-    *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    arrows: np.ndarray | None = None,
-) -> Figure:
-    """Positive definite 2 x 2 matrices A as the ellipses x^T A^-1 x = 1.
-
-    Args:
-        panels: panel -> name -> (matrix, look).
-        arrows: vectors in rows, drawn in the first panel.
-    """
-    figure, axes = grid_of(list(panels), width=5.4, height=4.8, columns=2)
-    angles = np.linspace(0, 2 * np.pi, 400)
-    circle = np.stack([np.cos(angles), np.sin(angles)])
-    for axis, (name, matrices) in zip(axes, panels.items(), strict=True):
-        for text, (matrix, (colour, line_style, _)) in matrices.items():
-            x, y = np.linalg.cholesky(np.asarray(matrix)) @ circle
-            axis.plot(x, y, color=colour, linestyle=line_style, linewidth=2, label=text)
-        axis.set(title=name, xlabel=xlabel, ylabel=ylabel)
-        axis.set_aspect("equal", adjustable="datalim")
-        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-    for x, y in arrows if arrows is not None else ():
-        axes[0].annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "linewidth": 1.5, "color": "0.3"})
-    figure.suptitle(title, fontsize=12)
-    return figure
-
-
-@shown_once
-def blocks(matrix: np.ndarray, sizes: Mapping[str, int], title: str, label: str) -> Figure:
-    """A symmetric matrix as an image, with the blocks on its diagonal outlined and named."""
-    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
-    image = axis.imshow(matrix, cmap="Greys", vmin=0, interpolation="nearest")
-    figure.colorbar(image, ax=axis, label=label, shrink=0.85)
-    start, middles = 0, []
-    for size in sizes.values():
-        edge = {"edgecolor": METHOD_STYLE["datainf"][1], "linewidth": 2, "fill": False}
-        axis.add_patch(Rectangle((start - 0.5, start - 0.5), size, size, **edge))
-        middles.append(start + size / 2)
-        start += size
-    axis.set_xticks(middles, [f"{name}\n(d = {size})" for name, size in sizes.items()])
-    axis.set_yticks(middles, list(sizes))
-    axis.grid(False)
-    axis.set(title=title)
-    return figure
