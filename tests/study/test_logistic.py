@@ -30,3 +30,20 @@ def test_flipped_labels_are_the_share_asked_for_and_the_rest_are_queries():
     assert tumors.flipped.sum() == 20 and ((tumors.y != tumors.y_right).numpy() == tumors.flipped).all()
     assert (tumors.table["label"] == tumors.y.numpy()).all() and (tumors.table["flipped"] == tumors.flipped).all()
     assert not logistic.tumors(100, 0.2, seed=2).X.equal(tumors.X)
+
+
+def test_influence_predicts_leaving_one_out_at_the_lessons_parameters():
+    """What notebook 00 shows; its own assertion is one that holds for all parameters that it allows."""
+    ridge, tumors = 0.01, logistic.tumors(300, 0.1, seed=0)
+    theta = logistic.fit(tumors.X, tumors.y, ridge)
+    H = logistic.curvature(tumors.X, theta) + ridge * torch.eye(11)
+    v = logistic.gradients(tumors.X_query, tumors.y_query, theta).mean(dim=0)
+    predicted = logistic.gradients(tumors.X, tumors.y, theta) @ torch.linalg.solve(H, v) / 300
+    before, truth = logistic.loss(tumors.X_query, tumors.y_query, theta), torch.empty(300, dtype=torch.float64)
+    for k in range(300):
+        weights = torch.ones(300, dtype=torch.float64)
+        weights[k] = 0
+        left_out = logistic.fit(tumors.X, tumors.y, ridge, weights)
+        truth[k] = logistic.loss(tumors.X_query, tumors.y_query, left_out) - before
+    assert torch.corrcoef(torch.stack([predicted, truth]))[0, 1] > 0.99
+    assert (predicted - truth).abs().max() < 0.3 * truth.abs().max()
