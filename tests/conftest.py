@@ -17,17 +17,25 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from xdist.scheduler import LoadScopeScheduling
 
 from datainf.demo.train_diffusion import build_tokenizer
+from datainf.study.provenance import ROOT
 
 VOCABULARY, PAD = 60, 1
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests that share what is made once for their file stay in one process; the others go to whichever is free."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    if any(fixture.scope == "module" for overriding in fixtures for fixture in overriding):
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class _ByFileWhereShared(LoadScopeScheduling):
+    """Tests of a file that makes something once for all of them stay in one process; others go to whichever is free."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return path if 'scope="module"' in (ROOT / path).read_text(encoding="utf8") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return _ByFileWhereShared(config, log)
 
 
 @pytest.hookimpl(trylast=True)  # after they have been put in random order

@@ -56,7 +56,7 @@ def test_a_lesson_runs_with_the_solutions_of_its_exercises(name, tmp_path):
     ("name", "given", "sentence"),
     [
         ("00_influence_functions", {"noise": 0.9}, "InputError: noise must be from 0.05 to 0.4, not 0.9."),
-        ("01_curvature_and_damping", {"ridge": 0.0}, "InputError: ridge must be from 0.001 to 1, not 0.0."),
+        ("01_curvature_and_damping", {"ridge": 0.0}, "InputError: ridge must be from 0.001 to 1, not 0."),
         ("02_datainf_derivation", {"largest_d": 8}, "InputError: largest_d must be from 64 to 4096, not 8."),
         ("03_per_sample_gradients", {"n_train": 2}, "InputError: n_train must be from 8 to 1024, not 2."),
         ("50_complexity", {"layers": [4, 1]}, "layers must be at least two sizes, the smallest first, not [4, 1]."),
