@@ -316,14 +316,18 @@ def bank(
     )
 
 
-def known_bank(path: str, about: Mapping[str, object]) -> Bank | None:
-    """The bank in a file, or that of a folder which is about this; None for no path.
+def known_bank(path: str, about: Mapping[str, object], *, needed: bool = True) -> Bank | None:
+    """The bank in a file, or that of a folder which is about this; None for no path, and where none is `needed` also if
+    there is no such bank.
 
     Raises:
         InputError: it is about something else, or the folder has none that is about this; says what differs.
     """
     if not path:
         return None
+    if not needed:
+        files = sorted(rooted(path).glob("*.parquet")) if rooted(path).is_dir() else [rooted(path)]
+        return next((bank for bank in map(Bank.load, files) if not bank.differing(about)), None)
     if not rooted(path).is_dir():
         found = Bank.load(rooted(path))
         found.check(about)

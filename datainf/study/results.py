@@ -184,14 +184,14 @@ AFTERWARDS = {
     *("methods", "loss", "other_losses", "reduction", "damping", "cache", "output", "figures"),
     *("timesteps", "draws", "stability", "inference_steps", "guidance", "inception"),
     *("halves", "removals", "halves_in_same", "removals_in_same", "repeats", "top_shares", "members", "folds", "bank"),
-    *("dampings", "unrolled_queries", "weighted_examples", "smoother"),
+    *("dampings", "unrolled_queries", "weighted_examples", "smoother", "removals_smoother"),
     *("shares", "relabel_shares", "baselines"),
 }
 # Those that a record has in other columns, or has no use for; a task is the column dataset.
 UNRECORDED = {
     *("task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception", "accumulate"),
     *("halves", "removals", "halves_in_same", "removals_in_same", "repeats", "top_shares", "members", "folds", "bank"),
-    *("dampings", "unrolled_queries", "weighted_examples", "smoother"),
+    *("dampings", "unrolled_queries", "weighted_examples", "smoother", "removals_smoother"),
     *("shares", "relabel_shares", "baselines"),
 }
 

@@ -74,6 +74,8 @@ def test_a_task_of_each_family(family, tmp_path):
         # Of a folder of banks that which is of this task is taken.
         banks = str(tmp_path / "banks")
         assert len(ground_truth.known_bank(banks, bank.about)) == len(bank)
+        assert len(ground_truth.known_bank(banks, bank.about, needed=False)) == len(bank)
+        assert ground_truth.known_bank(banks, bank.about | {"task": "another"}, needed=False) is None
         assert_refused("is of another recipe", NAME, tmp_path, **(again | {"bank": banks, "epochs": 2}))
 
 

@@ -46,7 +46,7 @@ def sweep(tmp_path_factory, diffusion_base):
     execute("70_ground_truth", folder, **SMALLEST_TRUTH, cache=str(folder / "truth"), output=str(output))
     output = folder / "results" / "tiny" / "runs" / HESSIANS
     few = {name: value for name, value in SMALLEST_TRUTH.items() if name not in ("folds", "members", "top_shares")}
-    few |= {"dampings": [0.1, 10], "unrolled_queries": 1, "weighted_examples": 1}
+    few |= {"dampings": [0.1, 10], "unrolled_queries": 1, "weighted_examples": 1, "removals_smoother": 10}
     execute("71_which_hessian", folder, **few, cache=str(folder / "truth"), output=str(output))
     execute("90_figures_and_tables", folder, folder=str(folder / "results" / "tiny"), save=True)
     return folder
@@ -110,6 +110,8 @@ def test_record_of_which_hessian(sweep):
     assert record["auc"].dropna().between(0, 1).all()
     of_unrolling = record[record["method"] == "unrolled"].iloc[0]
     assert of_unrolling["lds_of_mean"] > 0.3 and of_unrolling["smoothness"] <= 1
+    smoother = record[record["design"].str.contains("epsilon")].iloc[0]
+    assert smoother["lds_of_mean"] > 0.5 and smoother["retrainings"] == 10
 
 
 def test_figures_and_tables_are_there(sweep):
