@@ -128,18 +128,25 @@ def few_examples(everyone: np.ndarray, few: np.ndarray, damped: np.ndarray) -> F
     )
 
 
-def agreement_by_damping(correlations: pd.DataFrame, rule: float) -> Figure:
-    """The correlation of each method's scores (columns) with leaving one out, by damping (index); the `rule` is the
-    study's damping."""
-    values = correlations.to_numpy()
-    return _curves(
-        {method: (correlations.index, correlations[method], look(method)) for method in correlations}
-        | {"the study's rule": (rule, [values.min(), values.max()], GUIDE)},
+def agreement_by_damping(agreement: pd.DataFrame, rule: float) -> Figure:
+    """How the scores of each method agree with leaving one out (columns: method, damping, pearson, spearman); the
+    `rule` is the study's damping."""
+    titles = {"pearson": "By values (Pearson)", "spearman": "By ranks (Spearman)"}
+    figure = lines(
+        agreement.rename(columns=titles).melt(["method", "damping"], list(titles.values()), "panel"),
+        *("damping", "value"),
+        line="method",
+        looks={method: look(method) for method in ("hessian_free", "exact", "datainf")},
+        panel="panel",
         log="x",
-        title="Agreement with leaving one out, by damping",
+        title="Agreement with leaving one out, by damping (dotted: the study's rule)",
         xlabel=DAMPING,
-        ylabel="Pearson correlation with the truth",
+        ylabel="correlation with the truth",
+        width=5.6,
     )
+    for axis in figure.axes:
+        axis.axvline(rule, color=GUIDE[0], linestyle=":", zorder=0)
+    return figure
 
 
 @shown_once
