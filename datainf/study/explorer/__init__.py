@@ -230,7 +230,9 @@ HOW_TO_READ = [
         "Which method",
         "Held against retraining on four tasks, both Exact at the damping that follows from the length of the "
         "fine-tuning, which asks for the recipe, and Generalized Fisher at damping 1, which asks for nothing, predict "
-        "more than DataInf on each. Exact at the paper's damping of 0.1 does not on every one.",
+        "single queries better than DataInf on each. Exact at the paper's damping of 0.1 does not on every one. For the "
+        "mean of many queries all of them predict less, and on the one text task the wrong way round: where queries "
+        "differ in kind, look at them one by one.",
     ),
     (
         "Wrong labels and responses",

@@ -139,7 +139,10 @@ def counterfactuals(truth: pd.DataFrame) -> pd.DataFrame:
     return table.rename(label, level="method")
 
 
-IN_SHORT = ["exact@training", "generalized_fisher@1", "kronecker@1", "exact", "lissa_scaled", "datainf", "hessian_free"]
+IN_SHORT = [
+    *("exact@training", "generalized_fisher@1", "kronecker@1", "ekfac@1", "exact", "lissa_scaled"),
+    *("datainf", "hessian_free"),
+]
 WITHOUT_GRADIENTS = [name for name in BASELINES if name not in ("gradient_cosine", "self_influence")]
 
 
@@ -160,7 +163,7 @@ def leaderboard_in_short(lds: pd.DataFrame, design: str = "half left out, fresh 
         best = task["lds"].reindex(WITHOUT_GRADIENTS).idxmax()
         column["the best without gradients"] = f"{task.loc[best, 'lds']:.2f}, {label(best)}"
         table[f"{dataset} ({seeds} seed{'s' if seeds > 1 else ''})"] = column
-    return pd.DataFrame(table).rename_axis("LDS")
+    return pd.DataFrame(table).fillna("").rename_axis("LDS")
 
 
 def mean_and_error(values: pd.Series) -> str:
