@@ -166,6 +166,25 @@ def test_the_page_shows_the_scores_and_their_words(taken, tmp_path):
     assert held == json.loads(json.dumps(page))
 
 
+def test_a_long_beginning_of_all_examples_is_shown_as_one(taken, monkeypatch):
+    """As a system prompt is; what comes through it is not lost."""
+    scores = taken.influence("exact@1")
+    monkeypatch.setattr(explorer, "LONG_BEGINNING", 3)
+    page = explorer.collect(taken, scores, "exact", 1.0, -scores, queries=1, examples=2)
+    for card in page["queries"][0]["harmful"]:
+        assert card["words"][0] == "[the same beginning in all] " and "chatbot" not in "".join(card["words"])
+        assert sum(card["values"]) == pytest.approx(card["score"], abs=1e-3 * abs(scores).max())
+
+
+def test_suspects_by_loss_stand_beside_those_by_influence():
+    losses = np.array([[5.0, 9.0, 0.5]])
+    table = audit.ranked(np.array([[1.0, 3.0, 2.0]]), {"training_loss": losses}, ["a <b>", "c" * 300, "d"])
+    assert table["loss"].tolist() == [9, 0.5, 5]
+    by_loss, by_influence = audit.suspicious(table, 2).split("Most harmful")
+    assert "a &lt;b&gt;" in by_loss and f"{'c' * audit.SHOWN} ..." in by_loss and ">d<" not in by_loss
+    assert ">d<" in by_influence and "a &lt;b" not in by_influence and "In both lists: 1." in by_influence
+
+
 def test_what_a_text_holds_cannot_leave_its_place(taken, tmp_path):
     evil = "</script><script>alert(1)</script>"
     chosen = ground_truth.replace(taken.chosen, texts=([evil] * 200, [evil] * 6))

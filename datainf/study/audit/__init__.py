@@ -33,11 +33,20 @@ SAMPLE = 64
 """Training examples on which it is seen whether the adapter has learned them."""
 
 
+SHOWN = 240
+"""Characters of a suspect's text at the top of a report."""
+
 MUCH_LOWER = 0.8
 """Of two templates the one whose loss, over the base's, is below this part of the other's is the one trained on."""
 
 IN_USE = "in use"
 """Of the templates that could write the examples the one that does."""
+
+TEMPLATE_NAMES = {
+    **dict.fromkeys(("auto", "chat"), "the tokenizer's chat template"),
+    "plain": "writing prompt and response one after the other",
+    "space": "writing prompt and response with a space between",
+}
 
 BY_WORDS = ("bm25", "tfidf")
 """Comparisons of words, of which rank 1 is the most alike; of all others it is the most suspicious."""
@@ -83,15 +92,37 @@ def summary(
     facts = {
         "model": f"a {kind} on {base}",
         "training examples": f"{len(tuned.train)}, of mean loss {found['loss'].iloc[0]:.3f} nats (without the adapter "
-        f"{found['base_loss'].iloc[0]:.3f}), in a sample",
+        f"{found['base_loss'].iloc[0]:.3f}: {'not learned' if warning_of(found) else 'learned'}), in a sample",
         "queries": f"{len(tuned.query)}, of mean loss {query_loss:.3f} nats",
-        "read": "as columns of text" if chosen.labelled else f"by the template {adapter.reading.template}",
+        "read": "as columns of text" if chosen.labelled else f"by {TEMPLATE_NAMES[adapter.reading.template]}",
         "ranked by": label(method),
         "suspects": f"the first {suspects} by {label(by)}, in suspects.jsonl",
         "numbers": "examples and queries are counted from 0, in the order of their files",
     }
     rows = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in facts.items())
     return f'<table class="said facts-of">{rows}</table>'
+
+
+def suspicious(table: pd.DataFrame, count: int) -> str:
+    """The first examples of `ranked` by training loss and by influence, in HTML, and which are among both."""
+    lists = {
+        "Fitted worst: look here for wrong labels and responses": ("training_loss", {"loss": "loss, nats"}),
+        "Most harmful for the mean query": ("influence", {"score": "score"}),
+    }
+    places, html = {}, ""
+    for heading, (by, value) in lists.items():
+        places[by] = first(table, count, by)
+        rows = table.set_index("example").loc[places[by], [*value, "text"]].rename(columns=value).reset_index()
+        rows["text"] = [text if len(text) <= SHOWN else f"{text[:SHOWN]} ..." for text in rows["text"]]
+        with pd.option_context("display.max_colwidth", None):
+            shown = rows.to_html(classes="said suspects", index=False, border=0, float_format="{:.3g}".format)
+        html += f"<div><h3>{heading}</h3>{shown}</div>"
+    both = [str(place) for place in places["influence"] if place in places["training_loss"]]
+    return (
+        f'<div class="sides">{html}</div><p>In both lists: {", ".join(both) or "none"}. A wrong label or response is '
+        "found by its training loss more often than by influence; influence says which examples act on these queries, "
+        "and need not put anything wrong first.</p>"
+    )
 
 
 def best_read(
@@ -184,10 +215,11 @@ def ranked(
 ) -> pd.DataFrame:
     """The training examples, the most harmful for the mean query first.
 
-    Columns rank, example (its place in the file, from 0), text (in one line), score (nats per unit of weight),
-    change_without (what the mean query's loss is predicted to change by if it is left out, in nats), query (the one it
-    harms most, from 0), score_for_query, and of each baseline the example's rank: 1 is the most suspicious, of a
-    comparison of words (`BY_WORDS`) the most like the queries.
+    Columns rank, example (its place in the file, from 0), text (in one line), score (nats per unit of weight), loss
+    (the example's own, in nats, where "training_loss" is among the baselines), change_without (what the mean query's
+    loss is predicted to change by if it is left out, in nats), query (the one it harms most, from 0), score_for_query,
+    and of each baseline the example's rank: 1 is the most suspicious, of a comparison of words (`BY_WORDS`) the most
+    like the queries.
     """
     n, harm, worst = scores.shape[1], scores.mean(axis=0), scores.argmax(axis=0)
     table = pd.DataFrame(
@@ -195,6 +227,7 @@ def ranked(
             "example": range(n),
             "text": [" ".join(text.split()) for text in texts],
             "score": harm,
+            "loss": baselines["training_loss"].mean(axis=0) if "training_loss" in baselines else np.nan,
             "change_without": -harm / n,
             "query": worst,
             "score_for_query": scores[worst, range(n)],
@@ -226,7 +259,10 @@ def write(
 ) -> dict[str, Path]:
     """Write ranked.csv, the suspects as suspects.jsonl, and the training file without them as filtered.jsonl, unless
     the scores are not to be `trusted`."""
-    facts = table.set_index("example")[["rank", "score", "change_without", "query"]].astype({"score": float})
+    told_of = [
+        name for name in ("rank", "rank_training_loss", "score", "loss", "change_without", "query") if name in table
+    ]
+    facts = table.set_index("example")[told_of].astype({"score": float})
     told = {index: {"example": index, **{name: facts[name][index].item() for name in facts}} for index in suspects}
     rows = {"suspects.jsonl": [{**train[index], "influence": told[index]} for index in suspects]}
     if trusted:

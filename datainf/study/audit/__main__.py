@@ -39,7 +39,8 @@ def main() -> None:
             (out / name).unlink(missing_ok=True)  # an earlier audit's
         made = str(out / "notebook.ipynb")
         print(f"Auditing {names['adapter']}; the notebook as it runs is {made}.")
-        papermill.execute_notebook(str(notebook), made, given, progress_bar=True, log_output=False)
+        # What cells print is shown too, such as what it will cost.
+        papermill.execute_notebook(str(notebook), made, given, progress_bar=True, stdout_file=sys.stdout)
     except PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}" if error.ename == InputError.__name__ else str(error))
     except InputError as error:

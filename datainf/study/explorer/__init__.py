@@ -4,6 +4,7 @@ Pick a query, and see its most helpful and most harmful training examples side b
 comes through, each part of the model's share, and whether comparing words would have found the example too.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -28,6 +29,9 @@ from datainf.evaluation.parts import parts
 from datainf.models.losses import IGNORED
 from datainf.study.ground_truth import Gradients
 from datainf.study.plotting import label
+
+LONG_BEGINNING = 12
+"""Tokens with which all examples begin are shown as one from so many on."""
 
 FOUND_BY_WORDS = 10
 """Of an example that a comparison of words puts among its first so many it is said that the words find it too."""
@@ -80,13 +84,19 @@ def collect(
     of_parts = parts(taken.train)
     blocks = [name for name in of_parts if name in ("head", "low", "middle", "top")]
     rank_by_words = stats.rankdata(by_words[:shown], axis=1, method="max")  # of those that are not alike the last
+    # A system prompt, say: it would fill every card, and part of it is often among the most colored.
+    beginning = len(os.path.commonprefix([chosen.tuned.train[index]["input_ids"] for index in needed]))
+    beginning = beginning if beginning >= LONG_BEGINNING else 0
     shares = _shares(taken, R, needed, {part: of_parts[part] for part in blocks})
     rank = scores.shape[1] - stats.rankdata(scores[:shown], axis=1, method="ordinal") + 1
 
     def card(query: int, index: int) -> dict[str, Any]:
         ids = chosen.tuned.train[index]["input_ids"]
         of_tokens = words_of[index].by_length.get(len(ids), np.zeros((shown, len(ids))))
-        words, values = pieces(chosen.tuned.tokenizer, ids, of_tokens[query].tolist())
+        of_words = of_tokens[query].tolist()
+        words, values = pieces(chosen.tuned.tokenizer, ids[beginning:], of_words[beginning:])
+        if beginning:
+            words, values = ["[the same beginning in all] ", *words], [sum(of_words[:beginning]), *values]
         return {
             "example": index,
             "score": float(scores[query, index]),
@@ -184,8 +194,8 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
     """
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
     head = itables.javascript.generate_init_offline_itables_html(Path(str(bundle)))
-    shown = table.drop(columns="score_for_query")
-    shown = shown.rename(columns={"change_without": "if left out", "query": "harms most"} | _heads(shown))
+    shown = table.drop(columns=["score_for_query", "change_without"])  # whose size is not calibrated
+    shown = shown.rename(columns={"query": "harms most"} | _heads(shown))
     options = {"classes": "display compact", "pageLength": 25, "autoWidth": False, "showIndex": False}
     options |= {"maxBytes": 0, "connected": False, "display_logo_when_loading": False}
     with pd.option_context("display.float_format", "{:.3g}".format):
@@ -223,22 +233,21 @@ HOW_TO_READ = [
     (
         "Why most are near zero",
         "Each example is one of n, and most have little to do with a given query. A few large scores are what to look "
-        "at; there is no threshold, the rank of an example in the middle means nothing, and how many to suspect is "
-        "your choice: look until the next ones are fine.",
+        "at; there is no threshold, and the rank of an example in the middle means nothing. That the first ones are "
+        "fine does not mean that all are: influence need not find what is wrong.",
     ),
     (
         "Which method",
         "Held against retraining on four tasks, both Exact at the damping that follows from the length of the "
         "fine-tuning, which asks for the recipe, and Generalized Fisher at damping 1, which asks for nothing, predict "
-        "single queries better than DataInf on each. Exact at the paper's damping of 0.1 does not on every one. For the "
-        "mean of many queries all of them predict less, and on the one text task the wrong way round: where queries "
-        "differ in kind, look at them one by one.",
+        "single queries better than DataInf on each. Exact at the paper's damping of 0.1 does not on every one. Of the "
+        "mean of many queries all of them predict less, and on the one text task the opposite of what happens: where "
+        "queries are of several kinds, look at them one by one, or audit each kind by itself.",
     ),
     (
         "Wrong labels and responses",
-        "Look at the training loss first: it needs no queries, and has found more of them than influence has. What "
-        "loss, self-influence and influence all put first is nearly always wrong. Influence answers another question, "
-        "which examples act on these answers.",
+        "Look at the training loss first: it needs no queries, and has found more of them than influence has. "
+        "Influence answers another question, which examples act on these answers.",
     ),
     (
         "When to trust the words instead",
