@@ -59,10 +59,10 @@ publish: $(VENV)/installed
 	@echo "Copying results/$(SCALE)/ to results/published/$(SCALE)/."
 	@$(BIN)/python -m datainf.study.publish $(SCALE)
 
-# Offline: where a test names what is not there, the hub would be waited for. One process more than cores: some wait.
+# Offline: where a test names what is not there, the hub would be waited for. Two processes more than cores: many wait.
 test: $(VENV)/installed
 	@echo "Running the tests."
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $$(($(CORES) + 1)) --dist loadscope --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $$(($(CORES) + 2)) --dist loadscope --no-loadscope-reorder
 
 students: $(VENV)/installed
 	@echo "Writing the lessons without outputs and solutions into students/."
