@@ -1,16 +1,20 @@
-"""Influence scores of a LoRA classifier by two other libraries, kronfluence and dattri, in our sign and order.
+"""Influence scores of a LoRA classifier by other libraries, in our sign and order: kronfluence, dattri, bergson and
+dattri-llm.
 
-Both get the model, the examples and the loss (`datainf.losses.classification`) that ours get, and exactly the layers of
-`datainf.layers.trainable_layers`: weights without biases. Either takes like lengths together, the longest first, as
+All get the model, the examples and the loss (`datainf.losses.classification`) that ours get, and exactly the layers of
+`datainf.layers.trainable_layers`: weights without biases. Each takes like lengths together, the longest first, as
 `datainf.per_sample_gradients` does, and its scores are put back in order. It works on a copy of the model; making that
 is no part of its stages, collating is. But for rounding:
 
     influence(train_gradients, query_gradients, "hessian_free")  =  kronfluence "identity"  =  dattri "grad_dot"
+                                                                 =  bergson  =  dattri-llm "tracin"
     influence(train_gradients, query_gradients, method)          =  dattri "datainf"
+    influence(..., "ekfac", factors=...)                         =  kronfluence "ekfac"  =  dattri-llm "ekfac"
 
-where ``method`` is `datainf.methods.datainf` with dattri's one damping constant in place of every layer's lam.
+where ``method`` is `datainf.methods.datainf` with dattri's one damping constant in place of every layer's lam. (Of
+dattri-llm's "ekfac" the rounding is to be seen: its eigendecompositions are in float32.)
 
-Nothing else in the project imports the two. They are installed without what they ask for and do not need here
+Nothing else in the project imports them. They are installed without what they ask for and do not need here
 (``benchmarks/README.md``).
 """
 
@@ -23,6 +27,7 @@ from math import ceil
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -79,7 +84,7 @@ class BiasApart(nn.Module):
         return self.linear(x) + self.bias
 
 
-def set_biases_apart(model: nn.Module) -> list[str]:
+def set_biases_apart(model: nn.Module, kind: type[BiasApart] = BiasApart) -> list[str]:
     """Put a `BiasApart` in the place of every layer with a bias; the names of the modules that hold the weights."""
     names = []
     for layer in trainable_layers(model):
@@ -87,7 +92,7 @@ def set_biases_apart(model: nn.Module) -> list[str]:
         module = model.get_submodule(name)
         if module.bias is not None:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, BiasApart(module))
+            setattr(model.get_submodule(parent), child, kind(module))
             name += ".linear"
         names.append(name)
     return names
@@ -318,3 +323,167 @@ def _in_stages(
     with stages("scores"):
         scores = torch.cat([R @ g.T for g in G], dim=1)
     return scores
+
+
+# --- bergson --------------------------------------------------------------------------------------------------------
+
+
+class OneToken(BiasApart):
+    """`BiasApart`, whose Linear sees (batch, 1, width) for an input (batch, width): bergson takes tokens only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None])[:, 0] if x.dim() == 2 else super().forward(x)
+
+
+def bergson_scores(
+    model: nn.Module,
+    train: Sequence[dict],
+    queries: Sequence[dict],
+    collate: Collate,
+    stages: Stages,
+    folder: str | Path,
+    batch_size: int = 32,
+    *,
+    index: bool = False,
+) -> Float[Tensor, "m n"]:
+    """bergson's scores without projection, normalization and Hessian, minus signed: > 0 is harmful.
+
+    Its commands know one loss, that of a causal language model, and do not find the modules of a trained head. So its
+    collectors are told the modules, and run around our loss, batch by batch as its ``CollectorComputer`` runs them.
+
+    Args:
+        folder: where it writes the index; what is there is overwritten.
+        index: keep the training examples' gradients in an index on disk and search that, as ``bergson build`` and its
+            ``Attributor`` do. Otherwise keep those of the queries alone, as ``bergson score`` does.
+
+    Returns:
+        Scores (m, n), in one stage without an index and in two with it:
+            "gradients": of the queries, kept in memory; of the training examples, written to disk.
+            "scores": the index read, and the inner products. Without one: gradients of the queries; one pass over the
+                training examples that computes their gradients and the inner products.
+    """
+    try:
+        from bergson import Attributor, GradientCollector, IndexConfig, InMemoryCollector, Scorer
+        from bergson.score.score_writer import InMemorySequenceScoreWriter
+        from datasets import Dataset
+    except ImportError as error:
+        raise missing("bergson") from error
+
+    train, train_order = longest_first(train)
+    queries, query_order = longest_first(queries)
+    model = copy_for_peers(model)
+    device = next(model.parameters()).device
+    modules = set(set_biases_apart(model, OneToken))
+    config = IndexConfig(run_path=str(Path(folder) / "index"), drop_columns=False)
+
+    def collected(kind: type, examples: Sequence[dict], **options):
+        """A collector, after all batches. Of its dataset it uses the length, and saves it with the losses."""
+        dataset = Dataset.from_dict({"length": [len(example["input_ids"]) for example in examples]})
+        collector = kind(model=model, data=dataset, cfg=config, target_modules=modules, **options)
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            with collector.with_batch():
+                losses = classification(model, send_to_device(collate(part), device))
+                losses.sum().backward()
+            model.zero_grad()
+            collector.process_batch(list(range(start, start + len(part))), losses=losses)
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # a bar where the dataset is saved
+            collector.teardown()
+        return collector
+
+    if index:
+        with stages("gradients"):
+            V = collected(InMemoryCollector, queries).gradients
+            collected(GradientCollector, train)
+        with stages("scores"):
+            found = Attributor(config.partial_run_path, device=str(device)).search(V, k=None)
+            # All examples, but each query's in the order of its scores.
+            scores = torch.empty_like(found.values).scatter(1, found.indices, found.values)
+    else:
+        with stages("scores"):
+            V = collected(InMemoryCollector, queries).gradients
+            writer = InMemorySequenceScoreWriter(len(train), len(queries))
+            scorer = Scorer(V, list(V), writer, device, torch.float32)
+            scores = collected(InMemoryCollector, train, scorer=scorer).scores.T
+    return -in_order(scores, query_order, train_order)
+
+
+# --- dattri-llm -----------------------------------------------------------------------------------------------------
+
+
+def dattri_llm_scores(
+    model: nn.Module,
+    train: Sequence[dict],
+    queries: Sequence[dict],
+    collate: Collate,
+    attributor: str,
+    stages: Stages,
+    folder: str | Path,
+    batch_size: int = 32,
+    *,
+    damping: float = 0.1,
+) -> Float[Tensor, "m n"]:
+    """dattri-llm's scores, minus signed: > 0 is harmful. It tells queries apart by their tokens, which must differ.
+
+    It also sets the seed of torch, numpy and random to 42.
+
+    Args:
+        attributor: "tracin" (H is the identity) or "ekfac", of the labels that the examples have, as ours.
+        folder: where it writes factors and scores; what is there is overwritten.
+        damping: of "ekfac", as a multiple of the mean of a layer's eigenvalues. The paper's 0.1 is not its default.
+
+    Returns:
+        Scores (m, n), in stages:
+            "gradients": kept in memory as what goes into each layer and what comes back to it, token by token.
+            "factors": of "ekfac" alone: the two sides' second moments, their eigenvectors in float32, and the
+                gradients' second moments in that basis; written to the folder and read again.
+            "scores": the gradients of the queries, multiplied by H^-1 for "ekfac", and the inner products.
+    """
+    try:
+        from dattri_llm import (
+            AttributionArguments,
+            EKFACAttributor,
+            GradientStorageManager,
+            GradientStreamer,
+            HookManagerConfig,
+            TracInAttributor,
+        )
+    except ImportError as error:
+        raise missing("dattri-llm") from error
+
+    train, train_order = longest_first(train)
+    queries, query_order = longest_first(queries)
+    model = copy_for_peers(model)
+    device = next(model.parameters()).device.type
+    arguments = AttributionArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+    )
+    method = {"tracin": TracInAttributor, "ekfac": EKFACAttributor}[attributor](arguments)
+    modules = [layer.removesuffix(".weight") for layer in trainable_layers(model)]
+    streaming = {
+        "batch_size": batch_size,
+        "collate_fn": collate,
+        # Summed over the batch, so that a row's gradient is its own example's.
+        "loss_fn": lambda model, batch: classification(model, batch).sum(),
+        # It would take a bias for trained, though it is frozen.
+        "config": HookManagerConfig(
+            dict.fromkeys(modules, "linear_io"), module_kwargs={name: {"has_bias": False} for name in modules}
+        ),
+    }
+
+    def gradients(examples: Sequence[dict], name: str) -> GradientStorageManager:
+        store = GradientStorageManager(str(Path(folder) / name), residency="memory")
+        return method.collect_gradients(GradientStreamer(model, examples, arguments, **streaming), store)
+
+    options = {}
+    with stages("gradients"):
+        G, V = gradients(train, "train"), gradients(queries, "queries")
+    if attributor == "ekfac":
+        with stages("factors"):
+            options = {"fisher_dir": method.fit(G), "damping": damping, "relative_damping": True}
+    with stages("scores"):
+        scores = method.attribute_from_cache(G, V, **options).scores.T
+    return -in_order(scores, query_order, train_order)

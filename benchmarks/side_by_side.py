@@ -1,6 +1,6 @@
-"""Influence scores of a LoRA classifier by us, the published way, kronfluence and dattri: ``benchmarks/README.md``.
+"""Influence scores of a LoRA classifier by us, the published way and other libraries: ``benchmarks/README.md``.
 
-python -m benchmarks.side_by_side                                  # some ten minutes on 2 cores
+python -m benchmarks.side_by_side                                  # a quarter of an hour on 2 cores
 python -m benchmarks.side_by_side --n 48 --m 8 --repeats 1         # in small
 """
 
@@ -30,7 +30,7 @@ from benchmarks.common import (
     training_passes,
     write,
 )
-from benchmarks.peers import dattri_scores, kronfluence_scores
+from benchmarks.peers import bergson_scores, dattri_llm_scores, dattri_scores, kronfluence_scores
 from datainf import progress
 from datainf.attribution.methods import datainf as datainf_method
 from datainf.gradients.layers import trainable_layers
@@ -124,7 +124,7 @@ def training_step(model: nn.Module) -> Callable:
 
 
 def ways(model: nn.Module, folder: str) -> list[Way]:
-    """All that are compared. `folder` is where kronfluence writes."""
+    """All that are compared. `folder` is where kronfluence, bergson and dattri-llm write."""
 
     def constant_lam(G, V, lam: float) -> Tensor:
         return datainf_method(G, V, DATTRI_LAM)
@@ -137,6 +137,16 @@ def ways(model: nn.Module, folder: str) -> list[Way]:
     def dattri(attributor: str, **options) -> Callable:
         return lambda train, queries, stages, batch_size: dattri_scores(
             model, train, queries, collate, attributor, stages, batch_size, regularization=DATTRI_LAM, **options
+        )
+
+    def bergson(index: bool) -> Callable:
+        return lambda train, queries, stages, batch_size: bergson_scores(
+            model, train, queries, collate, stages, folder, batch_size, index=index
+        )
+
+    def dattri_llm(attributor: str) -> Callable:
+        return lambda train, queries, stages, batch_size: dattri_llm_scores(
+            model, train, queries, collate, attributor, stages, folder, batch_size
         )
 
     return [
@@ -173,6 +183,34 @@ def ways(model: nn.Module, folder: str) -> list[Way]:
             dattri("datainf", in_stages=False),
             "its usual call: queries' gradients and ihvp anew for every training batch, so less in larger ones",
             "datainf, lam of dattri",
+        ),
+        Way(
+            "bergson",
+            "score",
+            bergson(index=False),
+            "the scores of hessian_free, by its collectors around our loss; keeps no training gradients, so that "
+            "further queries cost another pass",
+            "hessian_free",
+        ),
+        Way(
+            "bergson",
+            "index",
+            bergson(index=True),
+            "the same from an index of the training gradients, written to disk in float32 and read again",
+            "hessian_free",
+        ),
+        Way(
+            "dattri-llm",
+            "tracin",
+            dattri_llm("tracin"),
+            "the scores of hessian_free; keeps layers' inputs and output gradients, token by token",
+            "hessian_free",
+        ),
+        Way(
+            "dattri-llm",
+            "ekfac",
+            dattri_llm("ekfac"),
+            "the H of ours, its eigenvectors in float32: scores differ from ours by about 1 %, and are not checked",
         ),
     ]
 
