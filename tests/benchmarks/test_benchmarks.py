@@ -10,7 +10,7 @@ import torch
 
 import datainf
 from benchmarks import peers, published
-from benchmarks.common import Stages
+from benchmarks.common import Stages, relative_difference
 from datainf.models.losses import classification
 from datainf.study.provenance import ROOT
 
@@ -40,17 +40,47 @@ def test_the_papers_sizes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["record.csv"]  # the stores are gone
 
 
-@pytest.mark.skipif(not find_spec("kronfluence") or not find_spec("dattri"), reason="needs the extra 'peers'")
+def needs(*modules: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not all(map(find_spec, modules)), reason="needs the extra 'peers'")
+
+
+@needs("kronfluence", "dattri", "bergson", "dattri_llm")
 def test_side_by_side(tmp_path):
     record = run("side_by_side", "--n", "24", "--m", "4", "--repeats", "1", output=tmp_path / "record.csv")
-    assert set(record["library"]) == {"training step", "ours", "published way", "kronfluence", "dattri"}
+    libraries = {"kronfluence", "dattri", "bergson", "dattri-llm"}
+    assert set(record["library"]) == {"training step", "ours", "published way", *libraries}
 
 
-@pytest.mark.skipif(not find_spec("kronfluence"), reason="needs the extra 'peers'")
-def test_ekfac_is_that_of_kronfluence(make_model, token_examples, pad_collate, tmp_path):
+@pytest.mark.parametrize(
+    ("scores", "which"),
+    [
+        pytest.param(peers.kronfluence_scores, {"strategy": "identity"}, marks=needs("kronfluence")),
+        pytest.param(peers.bergson_scores, {"index": False}, marks=needs("bergson")),
+        pytest.param(peers.bergson_scores, {"index": True}, marks=needs("bergson")),
+        pytest.param(peers.dattri_llm_scores, {"attributor": "tracin"}, marks=needs("dattri_llm")),
+    ],
+)
+def test_hessian_free_by_peers(scores, which, make_model, token_examples, pad_collate, tmp_path):
     model = make_model("roberta").eval()
     train, queries = token_examples[:8], token_examples[8:]
-    found = peers.kronfluence_scores(model, train, queries, pad_collate, "ekfac", Stages(), tmp_path)
+    found = scores(model, train, queries, pad_collate, stages=Stages(), folder=tmp_path, batch_size=3, **which)
+    G, V = (
+        datainf.per_sample_gradients(model, part, classification, collate_fn=pad_collate) for part in (train, queries)
+    )
+    assert relative_difference(found, datainf.influence(G, V, "hessian_free")) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("scores", "which"),
+    [
+        pytest.param(peers.kronfluence_scores, {"strategy": "ekfac"}, marks=needs("kronfluence")),
+        pytest.param(peers.dattri_llm_scores, {"attributor": "ekfac"}, marks=needs("dattri_llm")),
+    ],
+)
+def test_ekfac_by_peers(scores, which, make_model, token_examples, pad_collate, tmp_path):
+    model = make_model("roberta").eval()
+    train, queries = token_examples[:8], token_examples[8:]
+    found = scores(model, train, queries, pad_collate, stages=Stages(), folder=tmp_path, **which)
     options = {"collate_fn": pad_collate}
     G, V = (datainf.per_sample_gradients(model, part, classification, **options) for part in (train, queries))
     factors = datainf.kronecker_factors(model, train, classification, **options)
