@@ -19,13 +19,14 @@ STAGES = {
 # What a library's method computes, in the order of drawing -> the methods, as the record has them.
 COMPUTED = {
     "": [""],
-    "Hessian-free": ["hessian_free", "grad_dot", "identity"],
+    "Hessian-free": ["hessian_free", "grad_dot", "identity", "score", "index", "tracin"],
     "DataInf": ["datainf", "datainf, lam of dattri", "datainf, attribute()"],
     "other": ["exact", "ekfac"],
 }
 DETAILS = {
     "datainf, lam of dattri": ", one damping",
     "datainf, attribute()": ", attribute()",
+    "index": ", index on disk",
     "exact": ", Exact",
     "ekfac": ", EK-FAC",
 }
