@@ -148,6 +148,7 @@ def audit(kind: str, folder: Path, base: str, orders: int) -> pd.DataFrame:
         "base": base,
         "labels": CLASSES if kind == "labels" else [],
         "seeds": orders,
+        "suspects_by": "influence",
         "judge": str(folder / f"judge.{ending}"),
         "known_bad": str(folder / "known_bad.json"),
         "cache": str(folder / "cache"),

@@ -77,7 +77,8 @@ def encode_labelled(
             known = ", ".join(map(str, names or range(k)))
             raise InputError(
                 f"{what.capitalize()} {index} has the label {label!r}, which is none of the model's ({known}): if the "
-                "labels are words, name them in the order of its outputs, labels=."
+                "labels are words, name them in the order of its outputs, labels=[...] (of make audit: "
+                "AUDIT='{labels: [bad, good]}')."
             )
     for name in reading.text_columns:
         if None in (column := examples[name][:]):

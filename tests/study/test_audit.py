@@ -86,6 +86,8 @@ def test_the_ranking_is_by_harm():
     assert audit.first(table, 2, "influence") == [0, 2] and audit.first(table, 2, "loss") == [1, 2]
     alike = audit.ranked(scores, {"bm25": np.array([[5.0, 9.0, -7.0]] * 2)}, ["a\nb", "b", "c"])
     assert alike["rank_bm25"].tolist() == [2, 1, 3] and alike["text"][0] == "a b"
+    told = audit.ranked(scores, {"training_loss": scores}, list("abc"), ["x", "y", "z"])
+    assert told["label"].tolist() == ["x", "z", "y"] and "<td>z</td>" in audit.suspicious(told, 2)
     with pytest.raises(InputError, match="suspects_by must be influence, not 'bm25'"):
         audit.first(alike, 1, "bm25")
 

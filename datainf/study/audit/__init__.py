@@ -112,16 +112,17 @@ def suspicious(table: pd.DataFrame, count: int) -> str:
     places, html = {}, ""
     for heading, (by, value) in lists.items():
         places[by] = first(table, count, by)
-        rows = table.set_index("example").loc[places[by], [*value, "text"]].rename(columns=value).reset_index()
+        told = [*value, *({"label"} & set(table)), "text"]
+        rows = table.set_index("example").loc[places[by], told].rename(columns=value).reset_index()
         rows["text"] = [text if len(text) <= SHOWN else f"{text[:SHOWN]} ..." for text in rows["text"]]
         with pd.option_context("display.max_colwidth", None):
             shown = rows.to_html(classes="said suspects", index=False, border=0, float_format="{:.3g}".format)
         html += f"<div><h3>{heading}</h3>{shown}</div>"
     both = [str(place) for place in places["influence"] if place in places["training_loss"]]
     return (
-        f'<div class="sides">{html}</div><p>In both lists: {", ".join(both) or "none"}. A wrong label or response is '
-        "found by its training loss more often than by influence; influence says which examples act on these queries, "
-        "and need not put anything wrong first.</p>"
+        f'<div class="sides">{html}</div><p>In both lists: {", ".join(both) or "none"}.</p><p><b>Next:</b> read the '
+        "list on the left, correct or drop what is wrong in the training file, and train again. The one on the right "
+        "is no list of wrong labels: it says which examples act against these queries, right or wrong.</p>"
     )
 
 
@@ -211,21 +212,25 @@ def check_room(estimated: Estimate) -> None:
 
 
 def ranked(
-    scores: Float[np.ndarray, "m n"], baselines: Mapping[str, Float[np.ndarray, "m n"]], texts: Sequence[str]
+    scores: Float[np.ndarray, "m n"],
+    baselines: Mapping[str, Float[np.ndarray, "m n"]],
+    texts: Sequence[str],
+    labels: Sequence | None = None,
 ) -> pd.DataFrame:
     """The training examples, the most harmful for the mean query first.
 
-    Columns rank, example (its place in the file, from 0), text (in one line), score (nats per unit of weight), loss
-    (the example's own, in nats, where "training_loss" is among the baselines), change_without (what the mean query's
-    loss is predicted to change by if it is left out, in nats), query (the one it harms most, from 0), score_for_query,
-    and of each baseline the example's rank: 1 is the most suspicious, of a comparison of words (`BY_WORDS`) the most
-    like the queries.
+    Columns rank, example (its place in the file, from 0), text (in one line), label (where `labels` are given), score
+    (nats per unit of weight), loss (the example's own, in nats, where "training_loss" is among the baselines),
+    change_without (what the mean query's loss is predicted to change by if it is left out, in nats), query (the one it
+    harms most, from 0), score_for_query, and of each baseline the example's rank: 1 is the most suspicious, of a
+    comparison of words (`BY_WORDS`) the most like the queries.
     """
     n, harm, worst = scores.shape[1], scores.mean(axis=0), scores.argmax(axis=0)
     table = pd.DataFrame(
         {
             "example": range(n),
             "text": [" ".join(text.split()) for text in texts],
+            **({} if labels is None else {"label": labels}),
             "score": harm,
             "loss": baselines["training_loss"].mean(axis=0) if "training_loss" in baselines else np.nan,
             "change_without": -harm / n,
