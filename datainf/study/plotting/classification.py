@@ -72,9 +72,11 @@ def by_rank(
         axis.set_xticks(range(len(ranks)), ranks)
         axis.grid(axis="x", visible=False)
     legend_beside(figure, axes)
-    seeds, sizes = runs["seed"].nunique(), sorted({runs["n_train"].min(), runs["n_train"].max()})
-    n = " to ".join(str(size) for size in sizes)
-    how = f"mean of {seeds} seed{'s' * (seeds > 1)} (small points), n = {n} training examples; bars: 95% interval"
+    of_panels = runs.groupby("dataset")["seed"].nunique()
+    seeds, n = (
+        " to ".join(str(value) for value in sorted({each.min(), each.max()})) for each in (of_panels, runs["n_train"])
+    )
+    how = f"mean of {seeds} seed{'s' * (seeds != '1')} (small points), n = {n} training examples; bars: 95% interval"
     figure.suptitle(f"{title}\n{how}", fontsize=12)
     return figure
 
