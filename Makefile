@@ -37,6 +37,8 @@ plan: $(VENV)/installed
 
 # One job on each core: two jobs with two threads each on two cores run many times slower than in turn.
 reproduce: $(VENV)/installed
+	@test -z "$(PROFILE)" || case "$$PWD" in *[\ \$$]*) echo "Snakemake starts no job on a cluster where the folder's name" \
+	    "has a space or a dollar sign: move the study to another folder." >&2; exit 1;; esac
 	@echo "Running the $(SCALE) sweep on $(CORES) cores; what is complete is not run again."
 	@$(SWEEP)
 	@echo "Done. Figures: results/$(SCALE)/figures/  tables: results/$(SCALE)/tables/  runs: results/$(SCALE)/runs/"

@@ -24,11 +24,9 @@ from datainf.study.provenance import ROOT
 VARIABLES = {name: "" for names in sweep.GIVEN.values() for name in names if name}
 
 
-def snakemake(
-    *arguments: str, config: str, cwd: Path = ROOT, python: str | Path = sys.executable, **variables: str
-) -> tuple[int, str]:
+def snakemake(*arguments: str, config: str, cwd: Path = ROOT, **variables: str) -> tuple[int, str]:
     """Exit status and all that is printed."""
-    command = [python, "-m", "snakemake", *arguments, "--configfile", f"config/{config}.yaml", "--cores", "1"]
+    command = [sys.executable, "-m", "snakemake", *arguments, "--configfile", f"config/{config}.yaml", "--cores", "1"]
     environment = os.environ | VARIABLES | variables
     done = subprocess.run([*command, "--nolock"], cwd=cwd, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
@@ -231,8 +229,6 @@ def test_only_finished_sweeps_of_committed_code_are_published(tmp_path):
 def test_a_cluster_makes_the_records_that_one_machine_makes(tmp_path):
     """Also of a job that its limit ends on the way: it is begun again with more, and takes up what it had done."""
     study = copied(tmp_path / "my study")  # Snakemake itself cannot start a job in a folder with a dollar
-    (study / ".venv").symlink_to(sys.prefix)  # make's own environment, whose path has the space too
-    bin_of_study = study / ".venv" / "bin"
     whole = yaml.safe_load((study / "config" / "demo.yaml").read_text(encoding="utf8"))
     small = {"n_train": 20, "n_query": 8, "epochs": 1, "halves": 10, "removals": 0, "removals_in_same": 0, "repeats": 4}
     small |= {"family": "classification", "folds": 0, "members": 1, "top_shares": [], "methods": ["datainf"]}
@@ -250,9 +246,7 @@ def test_a_cluster_makes_the_records_that_one_machine_makes(tmp_path):
         profile = ["--profile", "config/slurm", "--slurm-no-account", "--slurm-status-command", "squeue"]
         profile += ["--latency-wait", "5", "--seconds-between-status-checks", "5"]
         profile += ["--slurm-init-seconds-before-status-checks", "5"]
-        environment |= {"PATH": f"{bin_of_study}{os.pathsep}{environment['PATH']}"}
-        whose = {"cwd": study, "python": bin_of_study / "python"}
-        status, printed = snakemake(target.format("cluster"), *profile, config="cluster", **whose, **environment)
+        status, printed = snakemake(target.format("cluster"), *profile, config="cluster", cwd=study, **environment)
         asked = ["squeue", "--states=all", "--noheader", "--format=%T"]
         states = subprocess.run(asked, env=environment, capture_output=True, text=True).stdout.split()
     assert status == 0, printed
