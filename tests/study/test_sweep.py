@@ -105,7 +105,7 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_runs(variable, se
 
 def test_a_folder_without_the_dataset_is_refused_before_anything_runs(tmp_path):
     status, printed = snakemake("-n", config="laptop", DATA=str(tmp_path))
-    assert status != 0 and f"The folder {tmp_path} holds no dataset mrpc" in printed
+    assert status != 0 and f"The folder {tmp_path} holds no dataset sst2" in printed
 
 
 def test_the_sweep_refuses_a_parameter_that_no_notebook_has(study):
