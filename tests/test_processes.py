@@ -33,9 +33,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launch(by: list[str], what: str, folder: Path, **more: str) -> subprocess.CompletedProcess:
+def launch(by: list[str], what: str, folder: Path) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != OFF}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = [part.format(port=free_port()) for part in by]
     command = [sys.executable, *launcher, str(SCRIPT), what, str(folder)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -122,7 +122,7 @@ def test_an_error_in_one_ends_both(runs, tmp_path):
 
 def test_a_call_in_one_process_alone_ends_both(tmp_path):
     began = time.monotonic()
-    process = launch(TORCHRUN, "alone", tmp_path, DATAINF_PATIENCE="2")
+    process = launch(TORCHRUN, "alone", tmp_path)
     assert process.returncode != 0 and time.monotonic() - began < 60
     sentence = "Process 0 called per_sample_gradients, but process 1 of 2 did not within 2 seconds: call it in all of"
     assert sentence in process.stderr
