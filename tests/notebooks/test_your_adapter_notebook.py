@@ -66,6 +66,7 @@ def test_a_classifier_by_make_audit_with_retraining(files, tmp_path):
     assert "WARNING: With the adapter the mean training loss is" in done.stdout  # it was never trained
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Does the model get better without the suspects?" in page and "Warning" in page
+    assert "How well each label is fitted" in page and "query harmed most" in page
     assert json.loads((tmp_path / "out" / "suspects.jsonl").read_text().splitlines()[0]).keys() == {
         "sentence",
         "label",

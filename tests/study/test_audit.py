@@ -16,6 +16,7 @@ from datainf.errors import InputError
 from datainf.evaluation import retraining, selection
 from datainf.evaluation.retraining import KEY, Bank
 from datainf.models import own
+from datainf.models.forward import of_each
 from datainf.models.lora import Recipe
 from datainf.models.reading import Reading
 from datainf.study import audit, explorer, ground_truth
@@ -87,7 +88,7 @@ def test_the_ranking_is_by_harm():
     alike = audit.ranked(scores, {"bm25": np.array([[5.0, 9.0, -7.0]] * 2)}, ["a\nb", "b", "c"])
     assert alike["rank_bm25"].tolist() == [2, 1, 3] and alike["text"][0] == "a b"
     told = audit.ranked(scores, {"training_loss": scores}, list("abc"), ["x", "y", "z"])
-    assert told["label"].tolist() == ["x", "z", "y"] and "<td>z</td>" in audit.suspicious(told, 2)
+    assert told["label"].tolist() == ["x", "z", "y"] and "<td>z</td>" in audit.suspicious(told, 2, [0.1, 0.7])
     with pytest.raises(InputError, match="suspects_by must be influence, not 'bm25'"):
         audit.first(alike, 1, "bm25")
 
@@ -182,9 +183,23 @@ def test_suspects_by_loss_stand_beside_those_by_influence():
     losses = np.array([[5.0, 9.0, 0.5]])
     table = audit.ranked(np.array([[1.0, 3.0, 2.0]]), {"training_loss": losses}, ["a <b>", "c" * 300, "d"])
     assert table["loss"].tolist() == [9, 0.5, 5]
-    by_loss, by_influence = audit.suspicious(table, 2).split("Most harmful")
+    by_loss, by_influence = audit.suspicious(table, 2, [0.123]).split("Most harmful")
+    assert "The next losses: 0.5; the median of all: 5 nats" in by_loss and "0.123" in by_influence
     assert "a &lt;b&gt;" in by_loss and f"{'c' * audit.SHOWN} ..." in by_loss and ">d<" not in by_loss
     assert ">d<" in by_influence and "a &lt;b" not in by_influence and "In both lists: 1." in by_influence
+
+
+def test_how_well_each_label_is_fitted(taken):
+    answers = audit.fitted(taken.chosen, taken.chosen.tuned.query)
+    own_losses = of_each(
+        taken.chosen.tuned.model, taken.chosen.tuned.query, taken.chosen.loss_fn, taken.chosen.tuned.collate
+    )
+    assert len(answers) == 6 and answers["loss"].to_numpy() == pytest.approx(own_losses, rel=1e-4)
+    made_up = pd.DataFrame({"loss": [1.0, 3.0, 5.0], "right": [True, False, True]})
+    table = audit.fitted_by_label({"training": (made_up, [1, 0, 1]), "queries": (made_up[:1], [0])})
+    assert table["training"].loc["1"].tolist() == [2, 3, 1] and table["training"].loc["0"].tolist() == [1, 3, 0]
+    assert table["queries"].loc["0"].tolist() == [1, 1, 1] and table["queries"].loc["1"].isna().all()
+    assert audit.readable_fit(table).loc["1"].tolist() == ["2", "3.000", "100%", "", "", ""]
 
 
 def test_what_a_text_holds_cannot_leave_its_place(taken, tmp_path):

@@ -23,7 +23,8 @@ from datainf.evaluation import retraining, selection
 from datainf.evaluation.paired import confidence_interval
 from datainf.evaluation.retraining import Bank
 from datainf.models import own as own_models
-from datainf.models.reading import TEMPLATES, Reading, encode
+from datainf.models.forward import of_each
+from datainf.models.reading import TEMPLATES, Reading, encode, label_of
 from datainf.storage.files import write_whole
 from datainf.storage.memory import in_words
 from datainf.study.ground_truth import Subject
@@ -82,18 +83,51 @@ def title_of(adapter: str) -> str:
     return "/".join(Path(adapter).absolute().parts[-2:])
 
 
+def fitted(chosen: Subject, examples: Dataset) -> pd.DataFrame:
+    """Each example's loss, in nats, and whether the model answers it rightly: a language model with every token."""
+    take = {"collate": chosen.tuned.collate, "batch_size": 8}
+    measured = {"loss": chosen.loss_fn, "right": chosen.right_fn}
+    return pd.DataFrame({name: of_each(chosen.tuned.model, examples, each, **take) for name, each in measured.items()})
+
+
+def fitted_by_label(sets: Mapping[str, tuple[pd.DataFrame, Sequence]]) -> pd.DataFrame:
+    """How many examples of each label each set has, their mean loss in nats, and the share answered rightly.
+
+    Args:
+        sets: by what they are called, `fitted` and the examples' labels.
+    """
+    found = {}
+    for name, (each, labels) in sets.items():
+        by_label = each.groupby([label_of(label) for label in labels])
+        found[name] = by_label.agg(n=("loss", "size"), loss=("loss", "mean"), right=("right", "mean"))
+    return pd.concat(found, axis=1).sort_index().rename_axis(index="label")
+
+
+def readable_fit(by_label: pd.DataFrame) -> pd.DataFrame:
+    """`fitted_by_label` in words."""
+    shown = {"n": ("n", "{:.0f}"), "loss": ("mean loss, nats", "{:.3f}"), "right": ("right", "{:.0%}")}
+    columns = {(one, shown[name][0]): by_label[one, name].map(shown[name][1].format) for one, name in by_label}
+    return pd.DataFrame(columns).replace("nan", "").replace("nan%", "")
+
+
 def summary(
-    adapter: own_models.Adapter, chosen: Subject, found: pd.DataFrame, method: str, suspects: int, by: str
+    adapter: own_models.Adapter,
+    chosen: Subject,
+    found: pd.DataFrame,
+    answers: pd.DataFrame,
+    method: str,
+    suspects: int,
+    by: str,
 ) -> str:
-    """What a report says it is of, in HTML."""
+    """What a report says it is of, in HTML; `found` is what `learned` gave, `answers` the queries as `fitted`."""
     tuned, kind = chosen.tuned, "classifier" if chosen.labelled else "language model"
     base = Path(getattr(tuned.model.get_base_model(), "name_or_path", "") or "its base").name  # no one's disk
-    query_loss = adapter.losses_of(tuned.query)[0].mean()
     facts = {
         "model": f"a {kind} on {base}",
         "training examples": f"{len(tuned.train)}, of mean loss {found['loss'].iloc[0]:.3f} nats (without the adapter "
         f"{found['base_loss'].iloc[0]:.3f}: {'not learned' if warning_of(found) else 'learned'}), in a sample",
-        "queries": f"{len(tuned.query)}, of mean loss {query_loss:.3f} nats",
+        "queries": f"{len(answers)}, of mean loss {answers['loss'].mean():.3f} nats; {answers['right'].sum()} are "
+        "answered as they should be",
         "read": "as columns of text" if chosen.labelled else f"by {TEMPLATE_NAMES[adapter.reading.template]}",
         "ranked by": label(method),
         "suspects": f"the first {suspects} by {label(by)}, in suspects.jsonl",
@@ -103,11 +137,16 @@ def summary(
     return f'<table class="said facts-of">{rows}</table>'
 
 
-def suspicious(table: pd.DataFrame, count: int) -> str:
-    """The first examples of `ranked` by training loss and by influence, in HTML, and which are among both."""
+def suspicious(table: pd.DataFrame, count: int, query_losses: Sequence[float]) -> str:
+    """The first examples of `ranked` by training loss and by influence, in HTML, with the losses that follow and the
+    query that each harms most, and which are among both."""
+    table = table.assign(query_loss=np.asarray(query_losses)[table["query"]])
     lists = {
         "Fitted worst: look here for wrong labels and responses": ("training_loss", {"loss": "loss, nats"}),
-        "Most harmful for the mean query": ("influence", {"score": "score"}),
+        "Most harmful for the mean query": (
+            "influence",
+            {"score": "score", "query": "query harmed most", "query_loss": "its loss, nats"},
+        ),
     }
     places, html = {}, ""
     for heading, (by, value) in lists.items():
@@ -117,12 +156,22 @@ def suspicious(table: pd.DataFrame, count: int) -> str:
         rows["text"] = [text if len(text) <= SHOWN else f"{text[:SHOWN]} ..." for text in rows["text"]]
         with pd.option_context("display.max_colwidth", None):
             shown = rows.to_html(classes="said suspects", index=False, border=0, float_format="{:.3g}".format)
-        html += f"<div><h3>{heading}</h3>{shown}</div>"
+        html += f"<div><h3>{heading}</h3>{shown}{_beyond(table, count) if by == 'training_loss' else ''}</div>"
     both = [str(place) for place in places["influence"] if place in places["training_loss"]]
     return (
         f'<div class="sides">{html}</div><p>In both lists: {", ".join(both) or "none"}.</p><p><b>Next:</b> read the '
         "list on the left, correct or drop what is wrong in the training file, and train again. The one on the right "
         "is no list of wrong labels: it says which examples act against these queries, right or wrong.</p>"
+    )
+
+
+def _beyond(table: pd.DataFrame, count: int) -> str:
+    """The losses that come after those which are listed: losses rarely have a gap that says where to stop."""
+    losses = table["loss"].sort_values(ascending=False)
+    following = ", ".join(f"{loss:.3g}" for loss in losses[count : count + 5])
+    return (
+        f"<p>The next losses: {following}; the median of all: {losses.median():.3g} nats. Go on in ranked.csv, by "
+        "rank_training_loss, until what you read is right.</p>"
     )
 
 
