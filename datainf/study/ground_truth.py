@@ -203,13 +203,18 @@ class Gradients:
         return replace(self, train=some_layers(self.train, names), query=some_layers(self.query, names))
 
 
-def gradients(chosen: Subject, run: Mapping[str, object], folder: str | Path) -> Gradients:
-    """Take the gradients of a subject, or find them in the folder that keeps them."""
+def gradients(
+    chosen: Subject, run: Mapping[str, object], folder: str | Path, *, query_folder: str | Path | None = None
+) -> Gradients:
+    """Take the gradients of a subject, or find them in the folder that keeps them, or that for the queries alone."""
     take = {"loss_fn": chosen.loss_fn, "collate_fn": chosen.tuned.collate, "batch_size": run["batch_size"]}
     take["rows_per_example"] = getattr(chosen.tuned.train, "versions", 1)
     train, query = (
-        datainf.per_sample_gradients(chosen.tuned.model, examples, store=Path(folder) / name, **take)
-        for name, examples in (("train", chosen.tuned.train), ("query", chosen.tuned.query))
+        datainf.per_sample_gradients(chosen.tuned.model, examples, store=place, **take)
+        for place, examples in (
+            (Path(folder) / "train", chosen.tuned.train),
+            (Path(query_folder or folder) / "query", chosen.tuned.query),
+        )
     )
     return Gradients(chosen, run["batch_size"], train, query)
 

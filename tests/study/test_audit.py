@@ -82,12 +82,18 @@ def test_the_ranking_is_by_harm():
     table = audit.ranked(scores, {"loss": np.array([[5.0, 9.0, 7.0]] * 2)}, ["a", "b", "c"])
     assert table["example"].tolist() == [0, 2, 1] and table["rank"].tolist() == [1, 2, 3]
     assert table["score"].tolist() == [2, 1, -1] and table["query"].tolist() == [1, 0, 1]
+    assert table["harms"].tolist() == [
+        2,
+        1,
+        0,
+    ]  # all of the three are among the first five; a helpful one harms nothing
     assert table["change_without"].tolist() == pytest.approx([-2 / 3, -1 / 3, 1 / 3])
     assert table["rank_loss"].tolist() == [3, 2, 1]
     assert audit.first(table, 2, "influence") == [0, 2] and audit.first(table, 2, "loss") == [1, 2]
     alike = audit.ranked(scores, {"bm25": np.array([[5.0, 9.0, -7.0]] * 2)}, ["a\nb", "b", "c"])
     assert alike["rank_bm25"].tolist() == [2, 1, 3] and alike["text"][0] == "a b"
     told = audit.ranked(scores, {"training_loss": scores}, list("abc"), ["x", "y", "z"])
+    assert told["loss"].tolist() == [2, 1, -1] and told["loss_of_alike"].tolist() == pytest.approx([0, 0.5, 1.5])
     assert told["label"].tolist() == ["x", "z", "y"] and "<td>z</td>" in audit.suspicious(told, 2, [0.1, 0.7])
     with pytest.raises(InputError, match="suspects_by must be influence, not 'bm25'"):
         audit.first(alike, 1, "bm25")
@@ -96,7 +102,8 @@ def test_the_ranking_is_by_harm():
 def test_the_files_are_the_training_file_in_two(tmp_path):
     rows = Dataset.from_list([{"prompt": f"é{k}", "response": str(k)} for k in range(4)])
     table = audit.ranked(np.array([[0.0, 3.0, 1.0, 2.0]]), {}, list("abcd"))
-    files = audit.write(tmp_path, table, rows, audit.first(table, 2, "influence"))
+    scores = np.array([[0.0, 3.0, 1.0, 2.0]])
+    files = audit.write(tmp_path, table, rows, audit.first(table, 2, "influence"), scores)
     worst, rest = (
         [json.loads(line) for line in files[name].read_text().splitlines()]
         for name in ("suspects.jsonl", "filtered.jsonl")
@@ -105,7 +112,17 @@ def test_the_files_are_the_training_file_in_two(tmp_path):
     assert worst[0]["influence"]["example"] == 1
     assert rest == [rows[0], rows[2]]
     assert pd.read_csv(files["ranked.csv"])["example"].tolist() == [1, 3, 2, 0]
-    assert "filtered.jsonl" not in audit.write(tmp_path / "other", table, rows, [1], trusted=False)
+    assert "filtered.jsonl" not in audit.write(tmp_path / "other", table, rows, [1], scores, trusted=False)
+    assert np.load(files["scores.npy"]).tolist() == scores.tolist()
+    assert audit.chosen_by_hand([3, 0], 4) == [3, 0]
+    for drop, sentence in (
+        ([2], "0 to 1, not 2"),
+        (["a"], "not 'a'"),
+        ([1, 1], "each example once"),
+        ([0, 1], "not all"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            audit.chosen_by_hand(drop, 2)
 
 
 def made_up_bank(helps):
@@ -138,10 +155,16 @@ def test_without_a_recipe_nothing_is_trained_again(example, tmp_path):
         audit.retrained(chosen, chosen.tuned.query, [3], 1, tmp_path)
 
 
+def fit_of(taken):
+    """The training examples' losses, made up, and the queries' answers."""
+    return np.linspace(1, 2, len(taken.chosen.tuned.train)), audit.fitted(taken.chosen, taken.chosen.tuned.query)
+
+
 def test_the_page_shows_the_scores_and_their_words(taken, tmp_path):
     scores = taken.influence("exact@1")
     words = ground_truth.baselines_of(taken)["bm25"]()
-    page = explorer.collect(taken, scores, "exact", 1.0, words, queries=2, examples=3)
+    losses, answers = fit_of(taken)
+    page = explorer.collect(taken, scores, "exact", 1.0, words, losses, answers, queries=2, examples=3)
     assert len(page["queries"]) == 2
     for number, query in enumerate(page["queries"]):
         order = np.argsort(scores[number])
@@ -149,9 +172,11 @@ def test_the_page_shows_the_scores_and_their_words(taken, tmp_path):
         harmful = [index for index in order[::-1][:3] if scores[number, index] > 0]
         assert [card["example"] for card in query["helpful"]] == helpful
         assert [card["example"] for card in query["harmful"]] == harmful
+        assert query["loss"] == pytest.approx(answers["loss"][number]) and query["right"] == answers["right"][number]
         for card in (*query["helpful"], *query["harmful"]):
             size = abs(scores[number]).max()
             assert card["score"] == pytest.approx(scores[number, card["example"]])
+            assert card["loss"] == losses[card["example"]]
             assert sum(card["values"]) == pytest.approx(card["score"], abs=1e-3 * size)
             assert sum(card["shares"].values()) == pytest.approx(card["score"], abs=1e-3 * size)
             assert len(card["words"]) == len(card["values"])
@@ -173,7 +198,7 @@ def test_a_long_beginning_of_all_examples_is_shown_as_one(taken, monkeypatch):
     """As a system prompt is; what comes through it is not lost."""
     scores = taken.influence("exact@1")
     monkeypatch.setattr(explorer, "LONG_BEGINNING", 3)
-    page = explorer.collect(taken, scores, "exact", 1.0, -scores, queries=1, examples=2)
+    page = explorer.collect(taken, scores, "exact", 1.0, -scores, *fit_of(taken), queries=1, examples=2)
     for card in page["queries"][0]["harmful"]:
         assert card["words"][0] == "[the same beginning in all] " and "chatbot" not in "".join(card["words"])
         assert sum(card["values"]) == pytest.approx(card["score"], abs=1e-3 * abs(scores).max())
@@ -184,9 +209,9 @@ def test_suspects_by_loss_stand_beside_those_by_influence():
     table = audit.ranked(np.array([[1.0, 3.0, 2.0]]), {"training_loss": losses}, ["a <b>", "c" * 300, "d"])
     assert table["loss"].tolist() == [9, 0.5, 5]
     by_loss, by_influence = audit.suspicious(table, 2, [0.123]).split("Most harmful")
-    assert "The next losses: 0.5; the median of all: 5 nats" in by_loss and "0.123" in by_influence
+    assert "0.123" in by_influence
     assert "a &lt;b&gt;" in by_loss and f"{'c' * audit.SHOWN} ..." in by_loss and ">d<" not in by_loss
-    assert ">d<" in by_influence and "a &lt;b" not in by_influence and "In both lists: 1." in by_influence
+    assert ">d<" in by_influence and "a &lt;b" not in by_influence
 
 
 def test_how_well_each_label_is_fitted(taken):
@@ -207,7 +232,14 @@ def test_what_a_text_holds_cannot_leave_its_place(taken, tmp_path):
     chosen = ground_truth.replace(taken.chosen, texts=([evil] * 200, [evil] * 6))
     scores = taken.influence("hessian_free")
     page = explorer.collect(
-        ground_truth.replace(taken, chosen=chosen), scores, "hessian_free", 0.1, -scores, queries=1, examples=1
+        ground_truth.replace(taken, chosen=chosen),
+        scores,
+        "hessian_free",
+        0.1,
+        -scores,
+        *fit_of(taken),
+        queries=1,
+        examples=1,
     )
     explorer.report(tmp_path / "report.html", evil, page, [], audit.ranked(scores, {}, [evil] * 200))
     assert evil not in (tmp_path / "report.html").read_text()

@@ -18,14 +18,15 @@ from datainf.models import own as own_models
 from datainf.storage.memory import in_words
 from datainf.study.audit.again import readable, retrained, whether_it_helped
 from datainf.study.audit.fit import best_read, fitted, fitted_by_label, learned, readable_fit, warning_of
-from datainf.study.audit.ranking import SHOWN, first, ranked, suspicious, write
+from datainf.study.audit.ranking import SHOWN, chosen_by_hand, first, ranked, suspicious, write
 from datainf.study.ground_truth import Subject
 from datainf.study.plotting import label
 
 __all__ = [
     "SHOWN",
-    "check_room",
     "best_read",
+    "check_room",
+    "chosen_by_hand",
     "first",
     "fitted",
     "fitted_by_label",
@@ -68,12 +69,11 @@ def subject(adapter: own_models.Adapter, train: Dataset, query: Dataset, name: s
 
 
 def halved(chosen: Subject) -> tuple[Subject, Dataset]:
-    """The subject with the first half of its queries, and the other half, which no score has seen."""
-    half = len(chosen.tuned.query) // 2
-    first, rest = (chosen.tuned.query.select(each) for each in (range(half), range(half, len(chosen.tuned.query))))
-    return replace(
-        chosen, tuned=replace(chosen.tuned, query=first), texts=(chosen.texts[0], chosen.texts[1][:half])
-    ), rest
+    """The subject with every other query, and those between, which no score has seen: a file is often in the order of
+    its kinds."""
+    every_other, between = (chosen.tuned.query.select(range(start, len(chosen.tuned.query), 2)) for start in (0, 1))
+    texts = (chosen.texts[0], chosen.texts[1][::2])
+    return replace(chosen, tuned=replace(chosen.tuned, query=every_other), texts=texts), between
 
 
 def title_of(adapter: str) -> str:
@@ -87,10 +87,10 @@ def summary(
     found: pd.DataFrame,
     answers: pd.DataFrame,
     method: str,
-    suspects: int,
-    by: str,
+    suspects: str,
 ) -> str:
-    """What a report says it is of, in HTML; `found` is what `learned` gave, `answers` the queries as `fitted`."""
+    """What a report says it is of, in HTML; `found` is what `learned` gave, `answers` the queries as `fitted`, and
+    `suspects` says which they are."""
     tuned, kind = chosen.tuned, "classifier" if chosen.labelled else "language model"
     base = Path(getattr(tuned.model.get_base_model(), "name_or_path", "") or "its base").name  # no one's disk
     facts = {
@@ -101,7 +101,7 @@ def summary(
         "answered as they should be",
         "read": "as columns of text" if chosen.labelled else f"by {TEMPLATE_NAMES[adapter.reading.template]}",
         "ranked by": label(method),
-        "suspects": f"the first {suspects} by {label(by)}, in suspects.jsonl",
+        "suspects": f"{suspects}, in suspects.jsonl",
         "numbers": "examples and queries are counted from 0, in the order of their files",
     }
     rows = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in facts.items())

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
@@ -35,19 +36,35 @@ def main() -> None:
                 with suppress(ValueError):  # which the notebook says better
                     given[name] = float(value)  # 2e-4 is a text to YAML
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("ranked.csv", "suspects.jsonl", "filtered.jsonl", "retrained.csv", "report.html", "notebook.html"):
+        for name in (
+            "ranked.csv",
+            "scores.npy",
+            "suspects.jsonl",
+            "filtered.jsonl",
+            "retrained.csv",
+            "report.html",
+            "notebook.html",
+        ):
             (out / name).unlink(missing_ok=True)  # an earlier audit's
         made = str(out / "notebook.ipynb")
         print(f"Auditing {names['adapter']}; the notebook as it runs is {made}.")
         # What cells print is shown too, such as what it will cost.
         papermill.execute_notebook(str(notebook), made, given, progress_bar=True, stdout_file=sys.stdout)
+    except DeadKernelError:
+        sys.exit(
+            "The notebook's process was ended from outside, perhaps for want of memory. Start the same command again: "
+            "gradients and retrained models that are done are in cache/."
+        )
     except PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}" if error.ename == InputError.__name__ else str(error))
     except InputError as error:
         sys.exit(str(error))
     page, _ = HTMLExporter(exclude_input=True).from_filename(made)
     (out / "notebook.html").write_text(page, encoding="utf8")
-    print(f"Done: {out}/ has {', '.join(sorted(path.name for path in out.iterdir()))}. Look at report.html first.")
+    print(
+        f"Done: {out}/ has {', '.join(sorted(path.name for path in out.iterdir()))}. Look at report.html first, "
+        "and read suspects.jsonl before you train on filtered.jsonl."
+    )
     for cell in nbformat.read(made, 4).cells:
         for shown in cell.get("outputs", ()):
             if (said := shown.get("data", {}).get("text/markdown", "")).startswith("**Warning.**"):

@@ -43,6 +43,8 @@ def collect(
     method: str,
     damping: Any,
     by_words: Float[np.ndarray, "m n"],
+    losses: Float[np.ndarray, " n"],
+    answers: pd.DataFrame,
     *,
     queries: int = 40,
     examples: int = 5,
@@ -52,6 +54,8 @@ def collect(
     Args:
         scores, method, damping: the scores, and what they were made by; sums over layers, not over ranks.
         by_words: scores by a comparison of words, such as BM25.
+        losses: of the training examples, in nats.
+        answers: the queries' columns loss and right.
         queries: how many are shown, the first ones.
         examples: of each how many helpful and how many harmful ones.
     """
@@ -102,6 +106,8 @@ def collect(
             "score": float(scores[query, index]),
             "rank": int(rank[query, index]),
             "rank_by_words": int(rank_by_words[query, index]),
+            "loss": float(losses[index]),
+            "beginning": bool(beginning),
             "words": words,
             "values": [float(f"{value:.4g}") for value in values],
             "shares": {part: float(of_part[query, needed.index(index)]) for part, of_part in shares.items()},
@@ -112,9 +118,12 @@ def collect(
         "n": scores.shape[1],
         "m": scores.shape[0],
         "found_by_words": FOUND_BY_WORDS,
+        "has_head": "head" in blocks,
         "queries": [
             {
                 "text": chosen.texts[1][query],
+                "loss": float(answers["loss"].iloc[query]),
+                "right": bool(answers["right"].iloc[query]),
                 **{side: [card(query, index) for index in indices] for side, indices in picked[query].items()},
             }
             for query in range(shown)
@@ -195,9 +204,13 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
     head = itables.javascript.generate_init_offline_itables_html(Path(str(bundle)))
     shown = table.drop(columns=["score_for_query", "change_without"])  # whose size is not calibrated
-    shown = shown.rename(columns={"query": "harms most"} | _heads(shown))
+    heads = {"loss_of_alike": "loss of those alike", "harms": "queries harmed", "query": "harms most"}
+    shown = shown.rename(columns=heads | _heads(shown))
     options = {"classes": "display compact", "pageLength": 25, "autoWidth": False, "showIndex": False}
     options |= {"maxBytes": 0, "connected": False, "display_logo_when_loading": False}
+    largest_first = [list(shown).index(name) for name in ("score", "loss", *heads.values()) if name in shown]
+    options["columnDefs"] = [{"targets": largest_first, "orderSequence": ["desc", "asc"]}]
+    options["text_in_header_can_be_selected"] = False  # a click on it sorts
     with pd.option_context("display.float_format", "{:.3g}".format):
         rows = itables.to_html_datatable(shown, **options)
     page = _template("explorer.html").render(
@@ -242,7 +255,7 @@ HOW_TO_READ = [
         "fine-tuning, which asks for the recipe, and Generalized Fisher at damping 1, which asks for nothing, predict "
         "single queries better than DataInf on each. Exact at the paper's damping of 0.1 does not on every one. Of the "
         "mean of many queries all of them predict less, and on the one text task the opposite of what happens: where "
-        "queries are of several kinds, look at them one by one, or audit each kind by itself.",
+        "queries are of several kinds, look at them one by one, and at how many of them an example harms.",
     ),
     (
         "Wrong labels and responses",
