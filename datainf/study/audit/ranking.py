@@ -162,7 +162,7 @@ def suspicious(table: pd.DataFrame, count: int, query_losses: Sequence[float]) -
             shown = rows.to_html(classes="said suspects", index=False, border=0, float_format="{:.3g}".format)
         html += f"<div><h3>{heading}</h3>{shown}</div>"
     return (
-        f'<p>{READ_THEM}</p><div class="sides">{html}</div>'
+        f'<p>{READ_THEM}</p><div class="sides lists">{html}</div>'
         f"<p><i>Of those alike</i>: the median loss of the {ALIKE} examples with the most similar words. <i>Queries "
         f"harmed</i>: of how many it is among the {MOST_HARMFUL} most harmful. <b>Next:</b> read on in the table "
         "below, sorted by loss, as long as you find what is wrong. Correct it in the training file, or audit again "
