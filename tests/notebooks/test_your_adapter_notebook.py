@@ -61,12 +61,20 @@ def test_a_classifier_by_make_audit_with_retraining(files, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("notebook.ipynb", "notebook.html", "ranked.csv", "suspects.jsonl", "retrained.csv", "report.html")
+        *(
+            "notebook.ipynb",
+            "notebook.html",
+            "ranked.csv",
+            "scores.npy",
+            "suspects.jsonl",
+            "retrained.csv",
+            "report.html",
+        )
     }
     assert "WARNING: With the adapter the mean training loss is" in done.stdout  # it was never trained
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Does the model get better without the suspects?" in page and "Warning" in page
-    assert "How well each label is fitted" in page and "query harmed most" in page
+    assert "How well each label is fitted" in page and "queries harmed, of 4" in page
     assert json.loads((tmp_path / "out" / "suspects.jsonl").read_text().splitlines()[0]).keys() == {
         "sentence",
         "label",

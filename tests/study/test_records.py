@@ -1,5 +1,6 @@
 """Parameters, records, metrics, tables and figures: the small parts around the experiments."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 import datainf
 from datainf.errors import InputError
-from datainf.evaluation import metrics
+from datainf.evaluation import metrics, retraining
 from datainf.study import parameters, plotting, provenance, publish, readme, results, tables
 
 matplotlib.use("Agg")
@@ -93,6 +94,16 @@ def test_a_stage_is_measured_once_and_remembered(tmp_path):
     with results.stage("work", tmp_path) as again:
         pass
     assert again == first
+
+
+def test_imports_are_left_out_of_collections_from_the_first_stage_on():
+    with results.stage("work"):
+        pass
+    left_out = gc.get_freeze_count()
+    assert left_out > 10_000
+    with retraining._only_new_garbage():
+        assert gc.get_freeze_count() >= left_out
+    assert gc.get_freeze_count() >= left_out
 
 
 def test_the_seconds_of_a_stage_are_those_of_its_body(monkeypatch):

@@ -17,12 +17,13 @@ from datainf.errors import InputError
 from datainf.models import own as own_models
 from datainf.storage.memory import in_words
 from datainf.study.audit.again import readable, retrained, whether_it_helped
-from datainf.study.audit.fit import best_read, fitted, fitted_by_label, learned, readable_fit, warning_of
+from datainf.study.audit.fit import SAMPLE, best_read, fitted, fitted_by_label, learned, readable_fit, warning_of
 from datainf.study.audit.ranking import SHOWN, chosen_by_hand, first, ranked, suspicious, write
 from datainf.study.ground_truth import Subject
 from datainf.study.plotting import label
 
 __all__ = [
+    "SAMPLE",
     "SHOWN",
     "best_read",
     "check_room",
@@ -86,17 +87,19 @@ def summary(
     chosen: Subject,
     found: pd.DataFrame,
     answers: pd.DataFrame,
+    in_sample: pd.DataFrame,
     method: str,
     suspects: str,
 ) -> str:
-    """What a report says it is of, in HTML; `found` is what `learned` gave, `answers` the queries as `fitted`, and
-    `suspects` says which they are."""
+    """What a report says it is of, in HTML; `found` is what `learned` gave, `answers` the queries as `fitted`,
+    `in_sample` some training examples likewise, and `suspects` says which they are."""
     tuned, kind = chosen.tuned, "classifier" if chosen.labelled else "language model"
     base = Path(getattr(tuned.model.get_base_model(), "name_or_path", "") or "its base").name  # no one's disk
     facts = {
         "model": f"a {kind} on {base}",
         "training examples": f"{len(tuned.train)}, of mean loss {found['loss'].iloc[0]:.3f} nats (without the adapter "
-        f"{found['base_loss'].iloc[0]:.3f}: {'not learned' if warning_of(found) else 'learned'}), in a sample",
+        f"{found['base_loss'].iloc[0]:.3f}: {'not learned' if warning_of(found) else 'learned'}) in a sample, in which "
+        f"{in_sample['right'].sum()} of {len(in_sample)} are answered as in the file",
         "queries": f"{len(answers)}, of mean loss {answers['loss'].mean():.3f} nats; {answers['right'].sum()} are "
         "answered as they should be",
         "read": "as columns of text" if chosen.labelled else f"by {TEMPLATE_NAMES[adapter.reading.template]}",

@@ -165,15 +165,15 @@ def suspicious(table: pd.DataFrame, count: int, query_losses: Sequence[float]) -
         f'<p>{READ_THEM}</p><div class="sides lists">{html}</div>'
         f"<p><i>Of those alike</i>: the median loss of the {ALIKE} examples with the most similar words. <i>Queries "
         f"harmed</i>: of how many it is among the {MOST_HARMFUL} most harmful. <b>Next:</b> read on in the table "
-        "below, sorted by loss, as long as you find what is wrong. Correct it in the training file, or audit again "
-        "with drop=[...], the examples to leave out.</p>"
+        "below: single mistakes may come far behind the others. Correct them in the training file, or audit again with "
+        "drop=[...], the examples to leave out.</p>"
     )
 
 
 READ_THEM = (
     "<b>These lists say where to look, not what to delete.</b> In six audits for which we knew what was wrong, the "
-    "tenth of the examples with the largest losses held almost two thirds of it; the others were right, and hard to "
-    "learn. A loss far above that of similar examples tells a mistake from a hard kind. The list on the right is no "
-    "list of mistakes: it says which examples act against these queries, right or wrong."
+    "tenth of the examples with the largest losses held almost two thirds of it, among right examples that are hard to "
+    "learn; the losses of similar examples may tell which those are. The list on the right is no list of mistakes: it "
+    "says which examples act against these queries, right or wrong."
 )
 """What stands above the suspects."""

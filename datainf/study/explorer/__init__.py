@@ -209,6 +209,8 @@ def report(path: str | Path, title: str, data: Mapping[str, Any], said: Sequence
     options = {"classes": "display compact", "pageLength": 25, "autoWidth": False, "showIndex": False}
     options |= {"maxBytes": 0, "connected": False, "display_logo_when_loading": False}
     largest_first = [list(shown).index(name) for name in ("score", "loss", *heads.values()) if name in shown]
+    if "loss" in shown:
+        options["order"] = [[list(shown).index("loss"), "desc"]]
     options["columnDefs"] = [{"targets": largest_first, "orderSequence": ["desc", "asc"]}]
     options["text_in_header_can_be_selected"] = False  # a click on it sorts
     with pd.option_context("display.float_format", "{:.3g}".format):
