@@ -16,6 +16,9 @@ HOLDS, FAILS, UNRESOLVED = "holds", "fails", "not resolved"
 """What the 95% interval of a difference says of a claim: all of it is on the claimed side, on the other, or neither."""
 POWER = 0.8
 
+FEW_SEEDS = 3
+"""All cells are judged together, by the seeds that they share, if these are so many."""
+
 
 def confidence_interval(values: pd.Series, level: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of few runs; NaN where there is but one."""
@@ -44,11 +47,12 @@ class Order:
 
     Attributes:
         cells: by cell: mean, low, high (95% over seeds) and verdict.
-        judged: how many of the cells the rest is of: those with the most seeds.
-        mean, low, high: of the mean over those cells, over the seeds that have all of them.
+        judged: how many of the cells the rest is of: all, if they share `FEW_SEEDS`, else those with the most seeds.
+        mean, low, high: of the mean over those cells, over the seeds that they share.
         verdict: `HOLDS`, `FAILS` or `UNRESOLVED`, of that.
         detectable: the difference from `least` that would have been resolved with `POWER`, had it been there.
-        seeds: how many.
+        seeds: how many these are.
+        most_seeds: how many the cell with the most has.
     """
 
     cells: pd.DataFrame
@@ -59,13 +63,16 @@ class Order:
     verdict: str
     detectable: float
     seeds: int
+    most_seeds: int
 
     def __str__(self) -> str:
         said = f"in {(self.cells['mean'] > self.cells['least']).sum()} of {len(self.cells)} cells"
         if np.isnan(self.low):
             return f"{said}; mean {self.mean:.3f}, of one seed"
         held, failed = ((self.cells["verdict"] == verdict).sum() for verdict in (HOLDS, FAILS))
-        some = "" if self.judged == len(self.cells) else f" over {self.judged} of them, which have {self.seeds} seeds"
+        some = f" over {self.judged} of them, which have {self.seeds} seeds"
+        if self.judged == len(self.cells):
+            some = f" over the {self.seeds} seeds of all" if self.most_seeds > self.seeds else ""
         mean = f"mean {self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
         return f"{said} (resolved in {held}, against it in {failed}); {mean}{some}"
 
@@ -82,13 +89,15 @@ def order(differences: pd.Series, *, least: float = 0.0) -> Order:
     cells[["low", "high"]] = limits
     cells["verdict"] = [_verdict(low, high, least) for low, high in limits]
     of_runs = differences.unstack(list(range(differences.index.nlevels - 1)))
-    judged = of_runs.loc[:, of_runs.count() == of_runs.count().max()].dropna()
+    most, judged = int(of_runs.count().max()), of_runs.dropna()
+    if len(judged) < FEW_SEEDS:
+        judged = of_runs.loc[:, of_runs.count() == most].dropna()
     of_seeds = judged.mean(axis=1)
     low, high = confidence_interval(of_seeds)
     freedom = len(of_seeds) - 1
     detectable = stats.sem(of_seeds) * stats.t.ppf([0.975, POWER], freedom).sum() if freedom > 0 else float("nan")
     verdict, mean = _verdict(low, high, least), float(of_seeds.mean())
-    return Order(cells, judged.shape[1], mean, low, high, verdict, float(detectable), len(of_seeds))
+    return Order(cells, judged.shape[1], mean, low, high, verdict, float(detectable), len(of_seeds), most)
 
 
 def _verdict(low: float, high: float, least: float) -> str:

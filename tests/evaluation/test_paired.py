@@ -77,3 +77,13 @@ def test_a_cell_with_fewer_seeds_is_counted_but_not_judged(runs):
     assert (len(found.cells), found.judged, found.seeds) == (4, 2, SEEDS)
     assert (found.mean, found.low, found.high) == (expected.mean, expected.low, expected.high)
     assert str(found).endswith(f"over 2 of them, which have {SEEDS} seeds")
+
+
+def test_cells_that_share_three_seeds_are_judged_together(runs):
+    """However many some of them have: no cell is left out of a verdict because others were run more often."""
+    fewer = runs[runs["seed"] < 3].assign(rank=8, dataset="another")
+    found = paired.order(paired.differences(pd.concat([runs, fewer]), "auc", "datainf", "exact"))
+    expected = paired.order(paired.differences(pd.concat([runs[runs["seed"] < 3], fewer]), "auc", "datainf", "exact"))
+    assert (found.judged, found.seeds, found.most_seeds) == (len(found.cells), 3, SEEDS)
+    assert (found.mean, found.low, found.high) == (expected.mean, expected.low, expected.high)
+    assert str(found).endswith("over the 3 seeds of all")
