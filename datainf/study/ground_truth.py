@@ -206,7 +206,11 @@ class Gradients:
 def gradients(
     chosen: Subject, run: Mapping[str, object], folder: str | Path, *, query_folder: str | Path | None = None
 ) -> Gradients:
-    """Take the gradients of a subject, or find them in the folder that keeps them, or that for the queries alone."""
+    """Take the gradients of a subject, or find them in the folder that keeps them.
+
+    Args:
+        query_folder: keeps those of the queries, where other queries may be asked of the same training examples.
+    """
     take = {"loss_fn": chosen.loss_fn, "collate_fn": chosen.tuned.collate, "batch_size": run["batch_size"]}
     take["rows_per_example"] = getattr(chosen.tuned.train, "versions", 1)
     train, query = (

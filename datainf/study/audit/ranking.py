@@ -69,7 +69,7 @@ def ranked(
 
 def _of_alike(losses: Float[np.ndarray, " n"], texts: Sequence[str]) -> Float[np.ndarray, " n"]:
     """The median loss of the examples that are most alike, by the cosine of TF-IDF word counts."""
-    words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b|[^\w\s]").fit_transform(texts)
+    words = TfidfVectorizer(token_pattern=r"\S+").fit_transform(texts)
     k = min(ALIKE, len(texts) - 1)
     return np.median(losses[NearestNeighbors(n_neighbors=k, metric="cosine").fit(words).kneighbors()[1]], axis=1)
 
