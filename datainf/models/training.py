@@ -1,6 +1,7 @@
 """Train what is trainable of a model by transformers' Trainer, in a way that any kill leaves resumable."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ class Recipe:
         steps: optimisation steps; 0 means as many as `epochs` take.
         adam_epsilon: Adam divides by a gradient's typical size plus this. Where it is larger, numbers whose gradient is
             near zero move less by chance, so that the result depends on an example's weight more smoothly.
-        bf16: fine-tune in bfloat16 mixed precision; gradients are taken in float32 all the same.
+        bf16: fine-tune in bfloat16 mixed precision where the machine has instructions for it (`in_bfloat16`); gradients
+            are taken in float32 all the same.
 
     Raises:
         InputError: a value that no fine-tuning can work with.
@@ -76,6 +78,11 @@ class Recipe:
     def total_learning_rate(self, n: int) -> float:
         """The sum of the learning rates of all steps, which fall from `learning_rate` linearly to 0."""
         return self.learning_rate * (self.number_of_steps(n) + 1) / 2
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """`bf16`, but for a CPU that would emulate it, and take some forty times as long as in float32."""
+        return self.bf16 and (torch.accelerator.is_available() or _cpu_has_bfloat16())
 
     @property
     def part_size(self) -> int:
@@ -125,6 +132,8 @@ def train(
     Returns:
         The curve, one row per epoch, or `REPORTS` in all where the recipe counts steps: see `lora.FineTuned`.
     """
+    if training.recipe.bf16 and not training.recipe.in_bfloat16:
+        warnings.warn("This processor has no instructions for bfloat16: fine-tuning in float32.", stacklevel=2)
     with TemporaryDirectory() as nowhere:
         trainer = _Trainer(
             model=model,
@@ -173,7 +182,7 @@ def _arguments(training: Training, folder: Path, *, saves: bool) -> TrainingArgu
         remove_unused_columns=False,  # there are none but those of the model, of a loss of one's own, or of a callback
         label_names=None if tokenized else ["target"],
         seed=recipe.seed,
-        bf16=recipe.bf16,
+        bf16=recipe.in_bfloat16,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
@@ -211,6 +220,11 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+def _cpu_has_bfloat16() -> bool:
+    """By oneDNN, whose products torch takes where it can; its own are plain loops."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _last_whole(checkpoints: Path) -> str | None:

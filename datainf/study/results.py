@@ -227,6 +227,8 @@ def run_facts(run: Mapping[str, object], experiment: str, *, task, tuned, n_laye
     folders = {name: Path(known[name]).name for name in ("model", "adapter") if name in known}
     if known.get("adapter"):  # it was not made here
         known |= dict.fromkeys({"epochs", "steps", "learning_rate", "bf16"} & known.keys(), float("nan"))
+    elif "bf16" in known:
+        known["bf16"] = tuned.training.recipe.in_bfloat16
     return {
         **known,
         **lists,

@@ -1,5 +1,7 @@
 """Fine-tuning: learns, is repeatable, resumes, and refuses what it cannot do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from datainf.data import glue
 from datainf.errors import InputError
 from datainf.models import classifier, losses, training
 from datainf.models.lora import Recipe
+from datainf.study import results
 
 SMALL = {"rank": 2, "learning_rate": 3e-3, "epochs": 3}
 
@@ -103,6 +106,18 @@ def test_after_bfloat16_training_gradients_are_float32(task, tmp_path):
     fast = datainf.per_sample_gradients(*arguments, collate_fn=tuned.collate)
     slow = datainf.reference_gradients(*arguments, collate_fn=tuned.collate)
     assert max(((fast[n] - slow[n]).norm() / slow[n].norm()).item() for n in slow) <= 1e-5
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of a processor; an accelerator decides for itself")
+def test_a_processor_without_bfloat16_fine_tunes_in_float32_and_the_record_says_so(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_cpu_has_bfloat16", lambda: False)
+    recipe = Recipe(**SMALL | {"epochs": 1}, bf16=True)
+    with pytest.warns(UserWarning, match="fine-tuning in float32"):
+        asked = classifier.fine_tune("demo-roberta", task, recipe, folder=tmp_path / "asked")
+    plain = classifier.fine_tune("demo-roberta", task, replace(recipe, bf16=False), folder=tmp_path / "plain")
+    assert equal(weights(asked), weights(plain))
+    run = {"model": "demo-roberta", "bf16": True}
+    assert not results.run_facts(run, "approximation_error", task=task, tuned=asked, n_layers=1)["bf16"]
 
 
 def test_bad_input_is_named_in_one_sentence(task, tmp_path):
