@@ -1,6 +1,6 @@
 """Influence scores of a LoRA classifier by us, the published way and other libraries: ``benchmarks/README.md``.
 
-python -m benchmarks.side_by_side                                  # a quarter of an hour on 2 cores
+python -m benchmarks.side_by_side                                  # up to half an hour on 2 cores
 python -m benchmarks.side_by_side --n 48 --m 8 --repeats 1         # in small
 """
 
