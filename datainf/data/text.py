@@ -197,5 +197,11 @@ def exchange_responses(test: Dataset, classes: Sequence[str]) -> Dataset:
     return Dataset.from_pandas(exchanged, preserve_index=False)
 
 
+def with_preamble(split: Dataset, preamble: str) -> Dataset:
+    """The same words before every prompt."""
+    prompts = [f"{preamble} {prompt}" for prompt in split["prompt"]]
+    return Dataset.from_pandas(split.to_pandas().assign(prompt=prompts), preserve_index=False)
+
+
 def _in_turn(rows: pd.DataFrame, k: int) -> pd.Series:
     return rows.iloc[k % len(rows)]

@@ -10,6 +10,7 @@ from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
+from torch import Tensor
 
 
 def detection_auc(scores: Float[np.ndarray, " n"], flipped: Bool[np.ndarray, " n"]) -> float:
@@ -144,6 +145,19 @@ def class_shares(
     pairs = pd.DataFrame(np.abs(scores), index=list(query_classes), columns=list(train_classes))
     means = pairs.groupby(level=0).mean().T.groupby(level=0).mean().T.loc[list(order), list(order)]
     return means.div(means.sum(axis=1), axis=0)
+
+
+def share_in_mean(G: Mapping[str, Float[Tensor, "n d"]]) -> float:
+    """How much of the gradients they have in common: sum_l ||mean_i g_li||^2 / sum_l mean_i ||g_li||^2.
+
+    Args:
+        G: for each layer a row for every example.
+
+    Returns:
+        1 where all are the same, about 1 / n where they point anywhere.
+    """
+    layers = [G[name] for name in G]
+    return float(sum(g.mean(0).square().sum() for g in layers) / sum(g.square().sum(1).mean() for g in layers))
 
 
 def picture_similarity(

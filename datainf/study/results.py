@@ -192,7 +192,7 @@ def paper_reported(folder: str | Path) -> pd.DataFrame:
 
 # The parameters of a run that concern what is done with its fine-tuned model, not what it is.
 AFTERWARDS = {
-    *("methods", "loss", "other_losses", "reduction", "damping", "cache", "output", "figures"),
+    *("methods", "loss", "other_losses", "preamble", "reduction", "damping", "cache", "output", "figures"),
     *("timesteps", "draws", "stability", "inference_steps", "guidance", "inception"),
     *("halves", "removals", "halves_in_same", "removals_in_same", "repeats", "top_shares", "members", "folds", "bank"),
     *("dampings", "unrolled_queries", "weighted_examples", "smoother", "removals_smoother"),
@@ -200,7 +200,8 @@ AFTERWARDS = {
 }
 # Those that a record has in other columns, or has no use for; a task is the column dataset.
 UNRECORDED = {
-    *("task", "methods", "loss", "other_losses", "cache", "output", "figures", "stability", "inception", "accumulate"),
+    *("task", "methods", "loss", "other_losses", "preamble", "cache", "output", "figures", "stability", "inception"),
+    "accumulate",
     *("halves", "removals", "halves_in_same", "removals_in_same", "repeats", "top_shares", "members", "folds", "bank"),
     *("dampings", "unrolled_queries", "weighted_examples", "smoother", "removals_smoother"),
     *("shares", "relabel_shares", "baselines"),

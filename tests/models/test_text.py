@@ -151,6 +151,13 @@ def test_exchanged_responses_are_the_next_classes():
     assert [owner[r] for r in exchanged["response"]] == exchanged["response_class"].tolist()
 
 
+def test_a_preamble_comes_before_every_prompt_and_changes_nothing_else():
+    split = text.load("math_without_reasoning", n_train=2, n_test=1).train
+    longer = text.with_preamble(split, "Read this.")
+    assert longer["prompt"] == [f"Read this. {prompt}" for prompt in split["prompt"]]
+    assert longer.remove_columns("prompt").to_dict() == split.remove_columns("prompt").to_dict()
+
+
 def write_task(folder, rows, splits=("train", "test")):
     for split in splits:
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

@@ -18,6 +18,7 @@ SMALLEST = {"task": "math_without_reasoning", "n_train": 4, "n_test": 2, "epochs
         ({"task": "sentence_transformation"}, "InputError: There is no task 'sentence_transformation', neither"),
         ({"loss": "response"}, "InputError: Unknown loss 'response': choose one of completion"),
         ({"max_length": 20}, "and the context holds 20: shorten it"),
+        ({"preamble": 300 * "word "}, "and the context holds 256: shorten it"),
         ({"adapter": "./nothing"}, "InputError: There is no adapter in ./nothing"),
         ({"alpha": -1}, "InputError: alpha must be a whole number of at least 0, not -1."),
     ],
@@ -38,5 +39,7 @@ def test_the_text_notebook_of_a_scale_runs_on_a_checkpoint_in_the_hubs_format(sc
         given["quantization"] = ""
     run(NAME, **(config | {"model": base} | given))
     record = pd.read_csv(tmp_path / "run.csv")
-    assert set(record["loss"]) == {"completion", "as_published"} and record["model"].unique().tolist() == ["base"]
+    assert set(record["loss"]) == {"completion", "as_published", "common_preamble"} and record[
+        "model"
+    ].unique().tolist() == ["base"]
     assert record["learning_rate"].unique().tolist() == [config["learning_rate"]]

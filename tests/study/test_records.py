@@ -172,6 +172,16 @@ def test_class_shares_sum_to_one_and_see_magnitudes_alone():
     assert shares.to_numpy().tolist() == [[0.5, 0.5], [0.25, 0.75]]
 
 
+def test_the_share_in_the_mean_is_all_of_one_direction_and_little_of_many():
+    generator = torch.Generator().manual_seed(0)
+    of_noise = {name: torch.randn(50, 40, generator=generator, dtype=torch.float64) for name in ("a", "b")}
+    assert metrics.share_in_mean(of_noise) == pytest.approx(1 / 50, rel=0.3)
+    same = {name: g[:1].expand(50, -1) for name, g in of_noise.items()}
+    assert metrics.share_in_mean(same) == pytest.approx(1)
+    both = {name: g + 3 for name, g in of_noise.items()}  # 9 of 10 parts, but for the noise's own mean
+    assert metrics.share_in_mean(both) == pytest.approx(0.9, abs=0.02)
+
+
 def test_prompt_similarity_is_of_words():
     similar = metrics.prompt_similarity(["add 3 to 4", "say hello twice"], ["add 5 to 6"])
     assert similar.shape == (1, 2) and similar[0, 0] > 0.3 and similar[0, 1] == 0

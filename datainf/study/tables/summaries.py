@@ -175,6 +175,7 @@ def mean_and_error(values: pd.Series) -> str:
 LOSSES = {
     "completion": "the response (the paper's text)",
     "as_published": "the prompt (its published code)",
+    "common_preamble": "the prompt after words that all prompts share",
     "mean": "the mean over timesteps",
     "concat": "the timesteps side by side (its published code)",
 }
