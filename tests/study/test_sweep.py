@@ -63,7 +63,7 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("scale", ["demo", "laptop", "laptop-sd", "paper"])
+@pytest.mark.parametrize("scale", ["demo", "demo-text", "laptop", "laptop-sd", "paper"])
 def test_the_sweep_plans_every_run_of_a_scale_whatever_is_published(scale, study):
     status, printed = snakemake("-n", config=scale, cwd=study)
     assert status == 0, printed
