@@ -98,7 +98,10 @@ def by_loss(points: pd.DataFrame, title: str) -> Figure:
     figure, axes = row_of(panels, width=3.7, height=3.8, legend=1.4)
     for axis, panel in zip(axes, panels, strict=True):
         sns.pointplot(
-            points[points["panel"] == panel].assign(Method=lambda some: some["method"].map(label)),
+            points[points["panel"] == panel].assign(
+                Method=lambda some: some["method"].map(label),
+                loss=lambda some: some["loss"].str.replace("_", "\n"),
+            ),
             x="loss",
             y="value",
             hue="Method",
