@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from scipy import stats
 
 from datainf.errors import InputError
@@ -173,8 +174,9 @@ def _environments(records: Mapping[str, pd.DataFrame]) -> dict[str, set]:
 
 
 def _long(records: pd.DataFrame, keys: list[str], metrics: list[str]) -> pd.Series:
-    """One number a row, indexed by `keys` and metric."""
-    rows = records.assign(**{key: "" for key in keys if key not in records})
+    """One number a row, indexed by `keys` and metric. A loss that is a number was measured, and names nothing."""
+    names = set(records) - ({"loss"} if "loss" in records and is_numeric_dtype(records["loss"]) else set())
+    rows = records.assign(**{key: "" for key in keys if key not in names})
     rows = rows.melt(keys, [name for name in metrics if name in rows], "metric")
     return rows.set_index([*keys, "metric"])["value"].astype(float)
 

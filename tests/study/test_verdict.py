@@ -111,6 +111,19 @@ def test_what_was_not_run_or_diverged_is_said(published, tmp_path):
         verdict.verdict(published, tmp_path / "nowhere", REPORTED)
 
 
+def test_a_loss_that_was_measured_elsewhere_is_still_of_the_same_run(tmp_path):
+    """Of data selection: the loss differs with the processor, and must not be what a number is known by."""
+    for name, device, by in (("published", "one", 0.0), ("ours", "another", 1e-4)):
+        (tmp_path / name / "runs").mkdir(parents=True)
+        for record in sorted((ROOT / "results" / "published" / "demo" / "runs").glob("data_selection-*.csv")):
+            frame = pd.read_csv(record)
+            frame.assign(loss=frame["loss"] + by, device=device).to_csv(tmp_path / name / "runs" / record.name)
+    found = verdict.verdict(tmp_path / "published", tmp_path / "ours", REPORTED)
+    assert "not run" not in set(found.numbers["status"])
+    reviews = found.numbers.query("dataset == 'demo-reviews'")
+    assert (reviews["seeds"] == 3).all() and "not judged" not in set(reviews["status"])
+
+
 def test_a_claim_may_move_as_far_as_leaving_out_a_seed_says():
     jackknife = ["12 of 16", "10 of 16", "14 of 16"]
     error = ((2 / 3) * 8) ** 0.5  # the jackknife's, by hand
