@@ -81,7 +81,7 @@ class Recipe:
 
     @property
     def in_bfloat16(self) -> bool:
-        """`bf16`, but for a CPU that would emulate it, and take some forty times as long as in float32."""
+        """`bf16`, but for a CPU that would emulate it, and take many times as long as in float32."""
         return self.bf16 and (torch.accelerator.is_available() or _cpu_has_bfloat16())
 
     @property
