@@ -14,8 +14,8 @@ def test_every_stage_of_a_notebook_is_rehearsed_with_the_papers_settings(name, t
     stages = list(record.index)
     assert "fine_tuning" in stages and stages[-1] == "whole notebook"
     gradients = record[record.index.str.startswith("gradients")]
-    # A text's of two losses; the two of pictures are taken together.
-    assert len(gradients) == (2 if name == "text" else 1)
+    # A text's of three losses; the two of pictures are taken together.
+    assert len(gradients) == (3 if name == "text" else 1)
     assert (gradients["paper_hours"] > 0).all() and (gradients["in_paper"] > gradients["done"]).all()
     assert {f"ihvp and scores, {method}" for method in ("hessian_free", "datainf", "exact")} <= set(stages)
     whole = record.loc["whole notebook"]

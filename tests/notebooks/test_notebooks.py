@@ -80,7 +80,7 @@ def test_both_experiments_share_one_model_and_its_gradients(sweep):
 
 def test_record_of_class_detection(sweep):
     record = pd.read_csv(sweep / "results" / "tiny" / "runs" / TEXT).set_index(["loss", "method"])
-    assert len(record) == 3 * 6 + 1  # losses x methods, and the similarity of prompts
+    assert len(record) == 4 * 6 + 1  # losses x methods, and the similarity of prompts
     assert record.loc[("completion", "prompt_similarity"), "auc"] > 0.99
     for column in ("auc", "auc_signed", "recall", "recall_signed"):
         assert record[column].dropna().between(0, 1).all()
