@@ -171,18 +171,25 @@ def _save(path: str | Path, record: pd.DataFrame) -> pd.DataFrame:
     return record
 
 
-def load_runs(folder: str | Path, experiment: str, *, needed: bool = True) -> pd.DataFrame:
-    """All run records of one experiment below `folder`, one row per run and method.
+def load_runs(folder: str | Path, experiment: str) -> pd.DataFrame:
+    """All run records of one experiment below `folder`, one row per run and method. Where there are none it has no
+    row, and the columns that every record has."""
+    files = sorted(rooted(folder).glob(f"{experiment}-*.csv"))
+    if not files:
+        return pd.DataFrame(columns=RUN_COLUMNS)
+    return pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+
+
+def load_all(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """The run records below `folder` of every experiment, as `load_runs` reads them.
 
     Raises:
-        InputError: there are none, though some are `needed`.
+        InputError: there are none of any.
     """
-    files = sorted(rooted(folder).glob(f"{experiment}-*.csv"))
-    if not files and not needed:
-        return pd.DataFrame()
-    if not files:
-        raise InputError(f"{folder} holds no records of {experiment}: run the sweep first (make reproduce).")
-    return pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    found = {experiment: load_runs(folder, experiment) for experiment in sweep.EXPERIMENTS}
+    if all(records.empty for records in found.values()):
+        raise InputError(f"{folder} holds no records: run the sweep first (make reproduce).")
+    return found
 
 
 def paper_reported(folder: str | Path) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Every notebook, executed by papermill at its smallest scale, and the refusals a user meets there."""
 
 import json
+import shutil
 
 import nbformat
 import pandas as pd
@@ -149,6 +150,30 @@ def test_figures_and_tables_are_there(sweep):
     )
     assert "LDS of DataInf" in (here / "tables" / "ours_beside_paper.md").read_text()
     assert pd.read_csv(here / "tables" / "table4_pictures.csv")["fine-tuned (paper, FID)"].tolist() == [189.6]
+
+
+@pytest.mark.parametrize(
+    ("record", "figure", "table"),
+    [(TEXT, "table2_class_detection", "table2"), ("approximation_error-demo-reviews-r2-s0.csv", "figure1_pearson", "")],
+)
+def test_a_scale_of_one_experiment_has_its_figures_and_tables_alone(sweep, tmp_path, record, figure, table):
+    here = tmp_path / "results" / "alone"
+    (here / "runs").mkdir(parents=True)
+    shutil.copy(sweep / "results" / "tiny" / "runs" / record, here / "runs")
+    execute("90_figures_and_tables", tmp_path, folder=str(here), save=True)
+    experiment = record.split("-")[0]
+    all_tables = {
+        "approximation_error.csv",
+        "text_identification.csv",
+        "table2.csv",
+        "ground_truth.csv",
+        "table2_pictures.csv",
+    }
+    found = {path.name for path in (here / "tables").iterdir()} & all_tables
+    assert found == {f"{experiment}.csv", *([f"{table}.csv"] if table else [])}
+    assert (here / "figures" / f"{figure}.png").is_file() and not (here / "figures" / "table2_pictures.png").exists()
+    claims = (here / "tables" / "ours_beside_paper.md").read_text()
+    assert ("Figure 1" in claims) != ("Table 2" in claims)
 
 
 def test_no_executed_notebook_shows_noise(sweep):

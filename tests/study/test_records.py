@@ -250,8 +250,11 @@ def test_records_are_written_whole_with_their_provenance(tmp_path):
     assert list(read.columns[: len(results.RUN_COLUMNS)]) == results.RUN_COLUMNS
     with pytest.raises(InputError, match="needs the column 'method'"):
         results.save_run(tmp_path / "bad.csv", made.drop(columns="method"))
-    with pytest.raises(InputError, match="no records of mislabeled_detection"):
-        results.load_runs(tmp_path / "runs", "mislabeled_detection")
+    of_experiment = results.load_all(tmp_path / "runs")
+    assert len(of_experiment["approximation_error"]) == len(made)
+    assert of_experiment["ground_truth"].empty and list(of_experiment["ground_truth"]) == results.RUN_COLUMNS
+    with pytest.raises(InputError, match="nowhere holds no records: run the sweep first"):
+        results.load_all(tmp_path / "nowhere")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["approximation_error-a.csv"]
 
 

@@ -11,7 +11,7 @@ from datainf.study.provenance import ROOT
 from datainf.study.tables.claims import claims_of
 
 PUBLISHED = ROOT / "results" / "published"
-SCALES = ("demo", "laptop", "paper")
+SCALES = ("demo", "demo-text", "laptop", "paper")
 ONE_RUN = {"in 1 of 1 cells; mean ": "yes: ", "in 0 of 1 cells; mean ": "no: ", ", of one seed": ""}
 
 
@@ -48,7 +48,7 @@ def beside_published(record: pd.DataFrame, **facts) -> Styler:
     here = orders(record.assign(**facts))
     table = here[["paper"]].assign(**{"this run": here["ours"].replace(ONE_RUN, regex=True)})
     for scale in SCALES:
-        runs = results.load_runs(PUBLISHED / scale / "runs", experiment, needed=False)
+        runs = results.load_runs(PUBLISHED / scale / "runs", experiment)
         if len(runs):
             table[f"published seeds, {scale}"] = orders(runs)["verdict"]
     return table.fillna("").reset_index().style.hide(axis="index").set_properties(**{"text-align": "left"})
